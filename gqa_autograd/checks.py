@@ -1,0 +1,120 @@
+"""What the operators accept, and every message that refuses. The same rules run on real and on fake tensors, inside the operator,
+so that eager, tracing, an exported graph and a raw operator call refuse alike, before anything is allocated or launched."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def _size(ok: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """ValueError unless ok. A size may be symbolic: then torch keeps the rule as a run-time assertion."""
+    if ok is not True:
+        torch._check_value(ok, message)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensors(function: str, **named: object) -> None:
+    """TypeError for an argument that is no tensor: everything after this line may ask for its shape."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def window(function: str, causal: bool, window: Sequence[int]) -> tuple[int, int]:
+    """The two sides of the window as the operators take them: -1 is unbounded, causal closes the right side at 0."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"{function}: window must be a pair (left, right), got {window!r}")
+    for side, value in zip(("left", "right"), window, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{function}: window {side} must be an int, got {value!r}")
+        if value < -1:
+            raise ValueError(f"{function}: window {side} must be at least 0, or -1 for unbounded, got {value}")
+    return window[0], (0 if causal else window[1])
+
+
+def attention(function: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float) -> None:
+    """q [B, S_q, H_q, D]; k [B, S_kv, H_kv, D]; v [B, S_kv, H_kv, D_v]; one dtype, one device; H_q a multiple of H_kv."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise ValueError(f"{function}: {name} must have 4 dimensions [B, S, H, D], got shape {tuple(t.shape)}")
+        if t.device != q.device:
+            raise ValueError(f"{function}: q, k and v must be on one device, got q on {q.device}, {name} on {t.device}")
+        if t.dtype is not q.dtype:
+            raise TypeError(f"{function}: q, k and v must share a dtype, got q {_name(q.dtype)}, {name} {_name(t.dtype)}")
+    _dtype(function, q)
+    B, _, H_q, D = q.shape
+    B_k, S_kv, H_kv, D_k = k.shape
+    B_v, S_v, H_v, _ = v.shape
+    _size(B_k == B, lambda: f"{function}: k must have the batch size of q, got B={B_k} for k, B={B} for q")
+    _size(B_v == B, lambda: f"{function}: v must have the batch size of q, got B={B_v} for v, B={B} for q")
+    _size(D_k == D, lambda: f"{function}: k must have the head size of q, got D={D_k} for k, D={D} for q")
+    _size(S_v == S_kv, lambda: f"{function}: v must have the length of k, got S_kv={S_v} for v, S_kv={S_kv} for k")
+    _size(H_v == H_kv, lambda: f"{function}: v must have the heads of k, got H_kv={H_v} for v, H_kv={H_kv} for k")
+    _size(H_kv > 0, lambda: f"{function}: H_kv must be at least 1, got H_kv={H_kv}")
+    _size(D > 0, lambda: f"{function}: D must be at least 1, got D={D}")
+    _size(H_q % H_kv == 0, lambda: f"{function}: H_q must be a multiple of H_kv, got H_q={H_q}, H_kv={H_kv}")
+    _numbers(function, scale, softcap)
+
+
+def _dtype(function: str, q: Tensor) -> None:
+    if q.device.type == "cuda":
+        if q.dtype not in CUDA_DTYPES:
+            raise TypeError(
+                f"{function}: q, k and v on CUDA must be float16 or bfloat16, got {_name(q.dtype)}; "
+                "cast them, or run the model under torch.autocast('cuda', torch.bfloat16)"
+            )
+    elif q.dtype not in CPU_DTYPES:
+        raise TypeError(f"{function}: q, k and v must be float16, bfloat16, float32 or float64, got {_name(q.dtype)}")
+
+
+def _numbers(function: str, scale: float | None, softcap: float) -> None:
+    # A number may be symbolic while compile traces; its value is then checked when the graph runs
+    if isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"{function}: scale must be finite, got {scale}")
+    if isinstance(softcap, (int, float)) and not (0 <= softcap < math.inf):
+        raise ValueError(f"{function}: softcap must be finite and at least 0 (0 is off), got {softcap}")
+
+
+def attention_bwd(function: str, do: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+    """do, out [B, S_q, H_q, D_v] in q.dtype; lse, dlse [B, H_q, S_q] float32, float64 for float64 q."""
+    B, S_q, H_q, _ = q.shape
+    exact = torch.float64 if q.dtype is torch.float64 else torch.float32
+    outer, inner = (B, S_q, H_q, v.shape[3]), (B, H_q, S_q)
+    for name, t, shape, dtype in (
+        ("do", do, outer, q.dtype),
+        ("out", out, outer, q.dtype),
+        ("lse", lse, inner, exact),
+        ("dlse", dlse, inner, exact),
+    ):
+        if t is None:
+            continue
+        if t.dim() != len(shape):
+            raise ValueError(f"{function}: {name} must have {len(shape)} dimensions, got shape {tuple(t.shape)}")
+        if t.device != q.device:
+            raise ValueError(f"{function}: {name} must be on the device of q, got {t.device}, q on {q.device}")
+        if t.dtype is not dtype:
+            raise TypeError(f"{function}: {name} must be {_name(dtype)}, got {_name(t.dtype)}")
+        for got, want in zip(t.shape, shape, strict=True):
+            _size(
+                got == want, lambda name=name, t=t, shape=shape: f"{function}: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}"
+            )
+
+
+def states(function: str, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """out [B, S_q, H_q, D_v] and lse [B, H_q, S_q], twice the same shapes."""
+    tensors(function, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    if out_a.dim() != 4 or lse_a.dim() != 3 or out_a.shape[:3] != lse_a.transpose(1, 2).shape:
+        raise ValueError(
+            f"{function}: out_a must be [B, S_q, H_q, D_v] and lse_a [B, H_q, S_q], got {tuple(out_a.shape)}, {tuple(lse_a.shape)}"
+        )
+    for name, a, b in (("out", out_a, out_b), ("lse", lse_a, lse_b)):
+        if a.shape != b.shape:
+            raise ValueError(f"{function}: {name}_b must have the shape of {name}_a, got {tuple(b.shape)} and {tuple(a.shape)}")

@@ -1,0 +1,111 @@
+"""The public functions: settle the defaults, decide whether LSE is needed, call the operator."""
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: tuple[int, int] = (-1, -1),
+    deterministic: bool | None = None,
+) -> Tensor:
+    """out[b, i, h] = sum_j softmax_j(z_ij) v[b, j, h // G],  z_ij = scale q[b, i, h]·k[b, j, h // G],  G = H_q // H_kv
+
+    Query i sees key j if i + S_kv - S_q - left <= j <= i + S_kv - S_q + right: lengths are aligned at their ends (bottom-right).
+    A query that sees no key gives out = 0 and zero gradients.
+
+    Args:
+        q: [B, S_q, H_q, D]. float16 or bfloat16, on a CPU also float32 and float64. Any strides; stride 1 along D and 16-byte aligned
+            rows, as in a view of a fused QKV, are read in place on CUDA, anything else is copied first.
+        k: [B, S_kv, H_kv, D]; H_q must be a multiple of H_kv. S_kv may be 0, shorter or longer than S_q.
+        v: [B, S_kv, H_kv, D_v].
+        causal: close the window on the right side at 0, so that query i sees keys j <= i + S_kv - S_q.
+        scale: any finite number; D ** -0.5 when None.
+        softcap: z becomes softcap tanh(z / softcap); 0 is off.
+        window: (left, right) in keys, self not counted; -1 is unbounded.
+        deterministic: bit-equal gradients from run to run; None follows torch.are_deterministic_algorithms_enabled().
+    Returns:
+        [B, S_q, H_q, D_v] in q.dtype, differentiable once in q, k and v. Under autocast q, k and v are cast as for torch's own
+        scaled_dot_product_attention. `supported()` lists what has a kernel on CUDA, `explain` says what a call would run.
+    Raises:
+        ValueError for a shape or a number, TypeError for a dtype, NotImplementedError on CUDA for what no kernel computes.
+    Source: arXiv:2307.08691 algorithms 1 and 2; docs/maths/attention.md.
+    """
+    q, k, v, settings = _settle(q, k, v, causal, scale, softcap, window, deterministic)
+    if not _needs_grad(q, k, v):
+        return ops.attention_fwd(q, k, v, *settings)
+    return _with_lse(q, k, v, settings)[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: tuple[int, int] = (-1, -1),
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): out as `attention`, lse[b, h, i] = ln sum_j exp z_ij over the keys that query i sees; -inf where it sees none.
+
+    Args: as `attention`.
+    Returns: out [B, S_q, H_q, D_v] in q.dtype; lse [B, H_q, S_q], float32 (float64 for float64 inputs), natural logarithm, scale and
+        softcap included. Both are differentiable in q, k and v, so partial attentions can be merged with `merge_states` and trained.
+    Raises: as `attention`.
+    Source: arXiv:2307.08691 algorithm 1; docs/maths/attention.md.
+    """
+    q, k, v, settings = _settle(q, k, v, causal, scale, softcap, window, deterministic)
+    return _with_lse(q, k, v, settings)
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the attention over the keys of a and b together: lse = ln(e^lse_a + e^lse_b), out = sum of e^(lse_x - lse) out_x
+
+    Args: out_a, out_b [B, S_q, H_q, D_v]; lse_a, lse_b [B, H_q, S_q], natural logarithm, as `attention_with_lse` returns them.
+    Returns: out in out_a.dtype, lse in lse_a.dtype; differentiable. Where both parts see no key, out = 0, lse = -inf, gradients 0.
+    Raises: ValueError if the shapes differ or don't fit each other.
+    Source: arXiv:2501.01005 section 2.2.
+    """
+    checks.states("merge_states", out_a, lse_a, out_b, lse_b)
+    top = torch.maximum(lse_a, lse_b).detach()
+    empty = top == -torch.inf
+    top = top.masked_fill(empty, 0)
+    # The share of an empty part is exp(-inf) = 0, with gradient 0; where both are empty the sum is set to 1, so that nothing is NaN
+    share_a, share_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    total = (share_a + share_b).masked_fill(empty, 1)
+    lse = (top + torch.log(total)).masked_fill(empty, -torch.inf)
+    weight_a, weight_b = ((share / total).transpose(1, 2).unsqueeze(3) for share in (share_a, share_b))
+    return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), lse
+
+
+def _settle(q, k, v, causal, scale, softcap, window, deterministic) -> tuple[Tensor, Tensor, Tensor, ops.Settings]:
+    checks.tensors("attention", q=q, k=k, v=v)
+    left, right = checks.window("attention", causal, window)
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (t if t.dtype is torch.float64 else t.to(dtype) for t in (q, k, v))
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return q, k, v, ops.Settings(left, right, scale, softcap, deterministic)
+
+
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """The rule for LSE, in one place. Grad mode counts: under no_grad nobody will come back for the saved LSE."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _with_lse(q: Tensor, k: Tensor, v: Tensor, settings: ops.Settings) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return ops.attention_fwd_lse(q, k, v, *settings)
+    return ops.Attention.apply(q, k, v, *settings)

@@ -1,0 +1,29 @@
+"""Outputs of each operator. The fake kernel is the allocator: tracing and running ask the same function, so they can't drift.
+
+`new_empty` and never `empty_like`: a q that is a view of a fused QKV would leak its strides into the output.
+"""
+
+import torch
+from torch import Tensor
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Float32, and float64 for float64 inputs: also the type in which the definition computes."""
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """out [B, S_q, H_q, D_v], contiguous, in q.dtype."""
+    B, S_q, H_q, _ = q.shape
+    return q.new_empty((B, S_q, H_q, v.shape[3]))
+
+
+def attention_fwd_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out as attention_fwd; lse [B, H_q, S_q], contiguous, natural logarithm."""
+    B, S_q, H_q, _ = q.shape
+    return attention_fwd(q, k, v), q.new_empty((B, H_q, S_q), dtype=lse_dtype(q))
+
+
+def attention_bwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv: shapes and dtypes of q, k, v, contiguous."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -1,0 +1,224 @@
+"""The operators gqa_autograd::attention_fwd, attention_fwd_lse and attention_bwd: schema, body per device, derivative, registrations.
+
+The body on a CPU is the definition in `reference`; on CUDA it is a TileLang kernel. Neither stands in for the other. Why two forward
+operators of fixed arity, and why the checks stand in here: docs/design/0001-operators.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import checks, flops, meta
+from .reference import attention as reference
+
+
+class Settings(NamedTuple):
+    """What follows the tensors in every schema. Ints come first: DTensor's sharding cache keys on the arguments from the first int on."""
+
+    window_left: int = -1
+    window_right: int = -1
+    scale: float | None = None
+    softcap: float = 0.0
+    deterministic: bool = False
+
+
+_SETTINGS = "int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, bool deterministic=False"
+_FWD = f"(Tensor q, Tensor k, Tensor v, {_SETTINGS})"
+_BWD = f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, {_SETTINGS})"
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, settings: tuple) -> Settings:
+    checked = Settings(*settings)
+    checks.attention("attention", q, k, v, checked.scale, checked.softcap)
+    return checked
+
+
+def _checked_bwd(do, q, k, v, out, lse, dlse, settings: tuple) -> Settings:
+    checked = Settings(*settings)
+    checks.attention("attention_bwd", q, k, v, checked.scale, checked.softcap)
+    checks.attention_bwd("attention_bwd", do, q, v, out, lse, dlse)
+    return checked
+
+
+def _formula(q: Tensor, s: Settings) -> tuple[int, int, float, float]:
+    """The settings a body computes with; from here on the scale is a number."""
+    return s.window_left, s.window_right, q.shape[3] ** -0.5 if s.scale is None else s.scale, s.softcap
+
+
+# --- forward without LSE: nobody will ask for a gradient ---
+@custom_op("gqa_autograd::attention_fwd", mutates_args=(), device_types="cpu", schema=f"{_FWD} -> Tensor")
+def _attention_fwd(q, k, v, *settings):
+    s = _checked(q, k, v, settings)
+    return meta.attention_fwd(q, k, v).copy_(reference.attention_fwd_lse(q, k, v, *_formula(q, s))[0])
+
+
+@_attention_fwd.register_kernel("cuda")
+def _(q, k, v, *settings):
+    from .kernels import forward
+
+    s = _checked(q, k, v, settings)
+    out = meta.attention_fwd(q, k, v)
+    forward.launch(q, k, v, out, None, *_formula(q, s))
+    return out
+
+
+@_attention_fwd.register_fake
+def _(q, k, v, *settings):
+    _checked(q, k, v, settings)
+    return meta.attention_fwd(q, k, v)
+
+
+# --- forward with LSE: a backward will come, or the caller wants it ---
+@custom_op("gqa_autograd::attention_fwd_lse", mutates_args=(), device_types="cpu", schema=f"{_FWD} -> (Tensor, Tensor)")
+def _attention_fwd_lse(q, k, v, *settings):
+    s = _checked(q, k, v, settings)
+    out, lse = meta.attention_fwd_lse(q, k, v)
+    for output, value in zip((out, lse), reference.attention_fwd_lse(q, k, v, *_formula(q, s)), strict=True):
+        output.copy_(value)
+    return out, lse
+
+
+@_attention_fwd_lse.register_kernel("cuda")
+def _(q, k, v, *settings):
+    from .kernels import forward
+
+    s = _checked(q, k, v, settings)
+    out, lse = meta.attention_fwd_lse(q, k, v)
+    forward.launch(q, k, v, out, lse, *_formula(q, s))
+    return out, lse
+
+
+@_attention_fwd_lse.register_fake
+def _(q, k, v, *settings):
+    _checked(q, k, v, settings)
+    return meta.attention_fwd_lse(q, k, v)
+
+
+# --- backward: out and lse may be those of a longer attention, so that a ring can call it block by block ---
+@custom_op("gqa_autograd::attention_bwd", mutates_args=(), device_types="cpu", schema=f"{_BWD} -> (Tensor, Tensor, Tensor)")
+def _attention_bwd(do, q, k, v, out, lse, dlse, *settings):
+    s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
+    dq, dk, dv = meta.attention_bwd(q, k, v)
+    for output, value in zip((dq, dk, dv), reference.attention_bwd(do, q, k, v, out, lse, dlse, *_formula(q, s)), strict=True):
+        output.copy_(value)
+    return dq, dk, dv
+
+
+@_attention_bwd.register_kernel("cuda")
+def _(do, q, k, v, out, lse, dlse, *settings):
+    from .kernels import backward
+
+    s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
+    dq, dk, dv = meta.attention_bwd(q, k, v)
+    backward.launch(do, q, k, v, out, lse, dlse, dq, dk, dv, *_formula(q, s), s.deterministic)
+    return dq, dk, dv
+
+
+@_attention_bwd.register_fake
+def _(do, q, k, v, out, lse, dlse, *settings):
+    _checked_bwd(do, q, k, v, out, lse, dlse, settings)
+    return meta.attention_bwd(q, k, v)
+
+
+attention_fwd = torch.ops.gqa_autograd.attention_fwd.default
+attention_fwd_lse = torch.ops.gqa_autograd.attention_fwd_lse.default
+attention_bwd = torch.ops.gqa_autograd.attention_bwd.default
+
+# For selective checkpoint policies of torch.utils.checkpoint: keep these results, recompute the rest
+SAVE_OPS = (attention_fwd, attention_fwd_lse)
+
+
+# --- the derivative ---
+class Attention(torch.autograd.Function):
+    """The one definition of the derivative. Eager calls come through here, which also serves torch.func; under torch.compile the same
+    `setup_context` and `backward` run as registered on the operators, because a traced Function would bypass AOTAutograd's cache."""
+
+    @staticmethod
+    def forward(q, k, v, *settings):
+        return attention_fwd_lse(q, k, v, *settings)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, *ctx.settings = inputs
+        ctx.save_for_backward(q, k, v, *output)
+        # An lse that nobody used leaves dlse None: no zeros are made, no extra work is launched
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, out, lse = ctx.saved_tensors
+        no_gradient = (None,) * len(ctx.settings)
+        if do is None and dlse is None:
+            return None, None, None, *no_gradient
+        if do is None:
+            do = torch.zeros_like(out)
+        # With create_graph, as torch.func always has it, the gradient itself meets autograd and functorch: they need a Function
+        gradient = AttentionGradient.apply if torch.is_grad_enabled() else attention_bwd
+        return *gradient(do, q, k, v, out, lse, dlse, *ctx.settings), *no_gradient
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _fold_into_batch(Attention.apply)(info, in_dims, *args)
+
+
+class AttentionGradient(torch.autograd.Function):
+    """attention_bwd as functorch can see it; it has no derivative of its own."""
+
+    @staticmethod
+    def forward(*args):
+        return attention_bwd(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("attention_bwd: double backward through attention is not supported")
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _fold_into_batch(AttentionGradient.apply)(info, in_dims, *args)
+
+
+def _setup_without_lse(ctx, inputs, output):
+    q, k, v, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v)
+
+
+def _backward_without_lse(ctx, do):
+    """A raw call of attention_fwd, or a graph exported without gradients, is differentiated by running the forward again."""
+    q, k, v = ctx.saved_tensors
+    out, lse = attention_fwd_lse(q, k, v, *ctx.settings)
+    return *attention_bwd(do, q, k, v, out, lse, None, *ctx.settings), *(None,) * len(ctx.settings)
+
+
+# --- registrations ---
+def _fold_into_batch(function):
+    """The vmap rule: fold the mapped dimension into the batch, call once, unfold."""
+
+    def rule(info, in_dims, *args):
+        def fold(t, dim):
+            if not isinstance(t, Tensor):
+                return t
+            t = t.unsqueeze(0).expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            return t.flatten(0, 1)
+
+        def unfold(t):
+            return t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size))
+
+        out = function(*(fold(t, dim) for t, dim in zip(args, in_dims, strict=True)))
+        return (unfold(out), 0) if isinstance(out, Tensor) else (tuple(map(unfold, out)), (0,) * len(out))
+
+    return rule
+
+
+_attention_fwd.register_autograd(_backward_without_lse, setup_context=_setup_without_lse)
+_attention_fwd_lse.register_autograd(Attention.backward, setup_context=Attention.setup_context)
+_attention_bwd.register_autograd(AttentionGradient.backward)
+_attention_fwd.register_vmap(_fold_into_batch(attention_fwd))
+_attention_fwd_lse.register_vmap(_fold_into_batch(attention_fwd_lse))
+_attention_bwd.register_vmap(_fold_into_batch(attention_bwd))
+flops.register([torch.ops.gqa_autograd.attention_fwd, torch.ops.gqa_autograd.attention_fwd_lse], [torch.ops.gqa_autograd.attention_bwd])
