@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -26,6 +27,26 @@ def tensors(function: str, **named: object) -> None:
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def no_tangents(function: str, **named: Tensor) -> None:
+    """NotImplementedError for an input of forward-mode AD. Asked only inside a dual level, so that an ordinary call doesn't pay for it."""
+    for name, t in named.items():
+        if _has_tangent(t):
+            raise NotImplementedError(
+                f"{function}: forward-mode AD (torch.func.jvp, jacfwd) is not supported, got a tangent for {name}; "
+                "use reverse mode: torch.func.vjp, jacrev"
+            )
+
+
+def _has_tangent(t: Tensor) -> bool:
+    """Also below the wrappers of an inner vmap or grad; a batched tensor can't be asked itself, torch has no rule for it."""
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(t) or forward_ad.unpack_dual(t).tangent is None:
+        if not functorch.is_functorch_wrapped_tensor(t):
+            return False
+        t = functorch.get_unwrapped(t)
+    return True
 
 
 def window(function: str, causal: bool, window: Sequence[int]) -> tuple[int, int]:

@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks, ops
 
 
+# softcap is 0 and not 0.0 by default: compile(dynamic=True) takes a float default for a symbol, and then compiles the first graph twice
 def attention(
     q: Tensor,
     k: Tensor,
@@ -13,7 +15,7 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     window: tuple[int, int] = (-1, -1),
     deterministic: bool | None = None,
 ) -> Tensor:
@@ -52,7 +54,7 @@ def attention_with_lse(
     *,
     causal: bool = False,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     window: tuple[int, int] = (-1, -1),
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -90,13 +92,17 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 
 def _settle(q, k, v, causal, scale, softcap, window, deterministic) -> tuple[Tensor, Tensor, Tensor, ops.Settings]:
     checks.tensors("attention", q=q, k=k, v=v)
+    # Forward-mode AD has no hook in a custom operator: its tangents would be zero in silence
+    if forward_ad._current_level >= 0:
+        checks.no_tangents("attention", q=q, k=k, v=v)
     left, right = checks.window("attention", causal, window)
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t if t.dtype is torch.float64 else t.to(dtype) for t in (q, k, v))
     if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        # Not also ..._warn_only_enabled(): dynamo can't trace it
+        deterministic = torch.are_deterministic_algorithms_enabled()
     return q, k, v, ops.Settings(left, right, scale, softcap, deterministic)
 
 
@@ -106,6 +112,8 @@ def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _with_lse(q: Tensor, k: Tensor, v: Tensor, settings: ops.Settings) -> tuple[Tensor, Tensor]:
+    if _needs_grad(q, k, v):
+        ops.check_differentiable(q, v, settings)
     if torch.compiler.is_compiling():
         return ops.attention_fwd_lse(q, k, v, *settings)
     return ops.Attention.apply(q, k, v, *settings)

@@ -29,6 +29,10 @@ _FWD = f"(Tensor q, Tensor k, Tensor v, {_SETTINGS})"
 _BWD = f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, {_SETTINGS})"
 
 
+def _scale(q: Tensor, s: Settings) -> float:
+    return q.shape[3] ** -0.5 if s.scale is None else s.scale
+
+
 def _checked(q: Tensor, k: Tensor, v: Tensor, settings: tuple) -> Settings:
     checked = Settings(*settings)
     checks.attention("attention", q, k, v, checked.scale, checked.softcap)
@@ -42,16 +46,32 @@ def _checked_bwd(do, q, k, v, out, lse, dlse, settings: tuple) -> Settings:
     return checked
 
 
-def _formula(q: Tensor, s: Settings) -> tuple[int, int, float, float]:
-    """The settings a body computes with; from here on the scale is a number."""
-    return s.window_left, s.window_right, q.shape[3] ** -0.5 if s.scale is None else s.scale, s.softcap
+def _cuda_forward(q: Tensor, v: Tensor, s: Settings):
+    """The tile a CUDA call will use; NotImplementedError, also while tracing, if no kernel computes it."""
+    from .kernels import config
+
+    return config.forward("attention", q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap)
+
+
+def _cuda_backward(function: str, q: Tensor, v: Tensor, s: Settings):
+    from .kernels import config
+
+    return config.backward(function, q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap, s.deterministic)
+
+
+def check_differentiable(q: Tensor, v: Tensor, s: Settings) -> None:
+    """Refuse in the forward a gradient that the backward would have to refuse."""
+    if q.device.type == "cuda":
+        _cuda_backward("attention", q, v, s)
 
 
 # --- forward without LSE: nobody will ask for a gradient ---
 @custom_op("gqa_autograd::attention_fwd", mutates_args=(), device_types="cpu", schema=f"{_FWD} -> Tensor")
 def _attention_fwd(q, k, v, *settings):
     s = _checked(q, k, v, settings)
-    return meta.attention_fwd(q, k, v).copy_(reference.attention_fwd_lse(q, k, v, *_formula(q, s))[0])
+    return meta.attention_fwd(q, k, v).copy_(
+        reference.attention_fwd_lse(q, k, v, s.window_left, s.window_right, _scale(q, s), s.softcap)[0]
+    )
 
 
 @_attention_fwd.register_kernel("cuda")
@@ -59,14 +79,17 @@ def _(q, k, v, *settings):
     from .kernels import forward
 
     s = _checked(q, k, v, settings)
+    tile = _cuda_forward(q, v, s)
     out = meta.attention_fwd(q, k, v)
-    forward.launch(q, k, v, out, None, *_formula(q, s))
+    forward.launch(tile, q, k, v, out, None, _scale(q, s))
     return out
 
 
 @_attention_fwd.register_fake
 def _(q, k, v, *settings):
-    _checked(q, k, v, settings)
+    s = _checked(q, k, v, settings)
+    if q.device.type == "cuda":
+        _cuda_forward(q, v, s)
     return meta.attention_fwd(q, k, v)
 
 
@@ -75,7 +98,9 @@ def _(q, k, v, *settings):
 def _attention_fwd_lse(q, k, v, *settings):
     s = _checked(q, k, v, settings)
     out, lse = meta.attention_fwd_lse(q, k, v)
-    for output, value in zip((out, lse), reference.attention_fwd_lse(q, k, v, *_formula(q, s)), strict=True):
+    for output, value in zip(
+        (out, lse), reference.attention_fwd_lse(q, k, v, s.window_left, s.window_right, _scale(q, s), s.softcap), strict=True
+    ):
         output.copy_(value)
     return out, lse
 
@@ -85,14 +110,17 @@ def _(q, k, v, *settings):
     from .kernels import forward
 
     s = _checked(q, k, v, settings)
+    tile = _cuda_forward(q, v, s)
     out, lse = meta.attention_fwd_lse(q, k, v)
-    forward.launch(q, k, v, out, lse, *_formula(q, s))
+    forward.launch(tile, q, k, v, out, lse, _scale(q, s))
     return out, lse
 
 
 @_attention_fwd_lse.register_fake
 def _(q, k, v, *settings):
-    _checked(q, k, v, settings)
+    s = _checked(q, k, v, settings)
+    if q.device.type == "cuda":
+        _cuda_forward(q, v, s)
     return meta.attention_fwd_lse(q, k, v)
 
 
@@ -101,7 +129,11 @@ def _(q, k, v, *settings):
 def _attention_bwd(do, q, k, v, out, lse, dlse, *settings):
     s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
     dq, dk, dv = meta.attention_bwd(q, k, v)
-    for output, value in zip((dq, dk, dv), reference.attention_bwd(do, q, k, v, out, lse, dlse, *_formula(q, s)), strict=True):
+    for output, value in zip(
+        (dq, dk, dv),
+        reference.attention_bwd(do, q, k, v, out, lse, dlse, s.window_left, s.window_right, _scale(q, s), s.softcap),
+        strict=True,
+    ):
         output.copy_(value)
     return dq, dk, dv
 
@@ -111,14 +143,17 @@ def _(do, q, k, v, out, lse, dlse, *settings):
     from .kernels import backward
 
     s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
+    tile = _cuda_backward("attention_bwd", q, v, s)
     dq, dk, dv = meta.attention_bwd(q, k, v)
-    backward.launch(do, q, k, v, out, lse, dlse, dq, dk, dv, *_formula(q, s), s.deterministic)
+    backward.launch(tile, do, q, k, v, out, lse, dlse, dq, dk, dv, _scale(q, s))
     return dq, dk, dv
 
 
 @_attention_bwd.register_fake
 def _(do, q, k, v, out, lse, dlse, *settings):
-    _checked_bwd(do, q, k, v, out, lse, dlse, settings)
+    s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
+    if q.device.type == "cuda":
+        _cuda_backward("attention_bwd", q, v, s)
     return meta.attention_bwd(q, k, v)
 
 

@@ -1,0 +1,53 @@
+"""Compile once per configuration: remembered in the process, kept on disk, built by one thread and one process at a time."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_lock = threading.RLock()
+_kernels: dict[tuple, Any] = {}
+
+
+def kernel(name: str, factory: Callable, *configuration) -> Any:
+    """The kernel `name` of `factory` (a @tilelang.jit function) for this configuration; compiled, or read from disk, at the first call."""
+    key = (name, configuration)
+    found = _kernels.get(key)
+    if found is None:
+        with _lock:
+            found = _kernels.get(key)
+            if found is None:
+                with _one_process_at_a_time(f"{name}{configuration}"):
+                    found = factory.compile(*configuration)
+                _kernels[key] = found
+    return found
+
+
+def built() -> int:
+    """How many kernels this process has compiled or read from disk: one per configuration, whatever the shapes."""
+    return len(_kernels)
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(name: str) -> Iterator[None]:
+    """TileLang's disk cache is written by rename, so it is safe without this; the lock spares the ranks of a job from compiling the same
+    kernel side by side: the first compiles, the others read."""
+    import tilelang
+
+    folder = Path(tilelang.env.TILELANG_CACHE_DIR) / "gqa_autograd_locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / hashlib.sha256(name.encode()).hexdigest()[:16], os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        # A read-only cache folder has its kernels, or TileLang says what is wrong with it
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

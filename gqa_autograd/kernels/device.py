@@ -1,0 +1,63 @@
+"""Facts about the device, and how tensors must lie for TMA. Asked once a device, then remembered."""
+
+import contextlib
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+# Streams that get a tile counter of their own in each kernel; further ones take the tiles in a fixed order
+SLOTS = 256
+_slots: dict[tuple[int, int], int] = {}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def require_hopper(function: str, device: torch.device) -> None:
+    if _capability(device) != (9, 0):
+        major, minor = _capability(device)
+        raise NotImplementedError(
+            f"{function}: the device must have compute capability 9.0 (Hopper: H100, H200, GH200), got {major}.{minor} on {device}"
+        )
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` the current one for a launch: TileLang's host code would set it and leave it set."""
+    return contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+def slot(device: torch.device) -> int:
+    """The tile counter of the current stream; -1 (fixed order) while a graph is captured, since two replays could meet in one counter."""
+    if torch.cuda.is_current_stream_capturing():
+        return -1
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    number = _slots.setdefault(key, len(_slots))
+    return number if number < SLOTS else -1
+
+
+def rows(t: Tensor) -> Tensor:
+    """t as TMA can read it: stride 1 along D, the other strides positive multiples of 16 bytes, base 16-byte aligned. Copies if need be."""
+    t = t.detach()
+    unit = 16 // t.element_size()
+    aligned = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % unit == 0 and s > 0 for s in t.stride()[:-1])
+    return t if aligned else t.clone(memory_format=torch.contiguous_format)
+
+
+def warn_if_deterministic(function: str) -> None:
+    """torch.use_deterministic_algorithms(True, warn_only=True) promises a warning from whatever isn't."""
+    if torch.is_deterministic_algorithms_warn_only_enabled():
+        warnings.warn(f"{function}: dq is summed by atomics, its bits change from run to run", stacklevel=2)

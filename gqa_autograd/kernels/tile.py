@@ -1,0 +1,80 @@
+"""What the attention kernels share: target, CUDA prelude, and macros on a warpgroup's tile of logits.
+
+Fragments are [rows, block_N]: 64 rows a warpgroup, four neighbouring lanes share a row (the wgmma accumulator layout).
+"""
+
+import tilelang
+import tilelang.language as T
+
+TARGET = {"kind": "cuda", "arch": "sm_90a"}
+FAST_MATH = {tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True}
+# Warp-specialised kernels place every barrier themselves
+OWN_BARRIERS = {**FAST_MATH, tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True}
+FULL_ROW = T.GemmWarpPolicy.FullRow
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+# uniform: tells the compiler that a value is the same in the whole warp, so that it may live in a uniform register.
+# keep_order: ptxas hoists the wait for the PV product above the exponentials, which then hide nothing. This barrier arrival, never taken
+#   because a row sum of at most 2^16 terms below 1 stays far under 1e38, depends on the row sum and so keeps the wait behind it.
+# quad_sum: the sum over the four lanes of a row, taken once a tile; inside the loop AllReduce<SumOp, 4> is made the identity.
+PRELUDE = r"""
+#include <tl_templates/cuda/reduce.h>
+namespace gqa {
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+__device__ __forceinline__ void keep_order(float row_sum) {
+  asm volatile("{\n.reg .pred p;\nsetp.gt.f32 p, %0, 0f7E967699;\n@p bar.arrive 15, 256;\n}\n" :: "f"(row_sum) : "memory");
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+}
+namespace tl {
+template <int Scale, int Offset, class Barrier> struct AllReduce<SumOp, 4, Scale, Offset, Barrier> {
+  template <typename X> static __device__ __forceinline__ X run(X x, X* = nullptr) { return x; }
+};
+}
+"""
+
+
+@T.macro
+def mask(frags, rows, block_N, causal, row0, col0, S_q, S_kv):
+    """S = -inf where key col0 + j is past the end or, if causal, behind query row0 + i.
+
+    One limit a row, less the lane's own column offset: then j is a constant of each register and an element costs one compare."""
+    lane_col = (T.get_thread_binding() % 4) * 2
+    for i in T.Parallel(rows):
+        if causal:
+            frags.limit[i] = T.min(S_kv, row0 + i + S_kv - S_q + 1) - col0 - lane_col
+        else:
+            frags.limit[i] = S_kv - col0 - lane_col
+    for i, j in T.Parallel(rows, block_N):
+        frags.S[i, j] = T.if_then_else(j - lane_col < frags.limit[i], frags.S[i, j], -T.infinity("float32"))
+
+
+def _finite(row_max, masked):
+    """The maximum to subtract. A row that has seen no key has -inf; 0 stands in for it, so that exp2(-inf) = 0, not NaN."""
+    return T.if_then_else(row_max == -T.infinity("float32"), 0.0, row_max) if masked else row_max
+
+
+@T.macro
+def online_softmax(frags, rows, block_N, scale_log2, first, masked):
+    """S becomes exp2(scale_log2 (S - row_max)); row_max and row_sum go on; rescale is what sums so far must be multiplied with.
+
+    arXiv:1805.02867 algorithm 3."""
+    if not first:
+        T.copy(frags.row_max, frags.old_max)
+    T.reduce_max(frags.S, frags.row_max, dim=1, clear=False)
+    if not first:
+        for i in T.Parallel(rows):
+            frags.rescale[i] = T.exp2((frags.old_max[i] - _finite(frags.row_max[i], masked)) * scale_log2)
+    for i, j in T.Parallel(rows, block_N):
+        frags.S[i, j] = T.exp2(frags.S[i, j] * scale_log2 - _finite(frags.row_max[i], masked) * scale_log2)
+    T.reduce_sum(frags.S, frags.part_sum, dim=1)
+    for i in T.Parallel(rows):
+        if first:
+            frags.row_sum[i] = frags.part_sum[i]
+        else:
+            frags.row_sum[i] = frags.row_sum[i] * frags.rescale[i] + frags.part_sum[i]

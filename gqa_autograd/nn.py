@@ -1,0 +1,316 @@
+"""Modules around the functional form: projections, normalisation, rotation and layout. The attention itself is `functional.attention`."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+
+
+class GQAttention(nn.Module):
+    """y = o_proj(attention(rotate(q_norm(q_proj(x))), rotate(k_norm(k_proj(x))), v_proj(x))), grouped-query self-attention
+
+    The parameters are called q_proj, k_proj, v_proj, o_proj and, with qk_norm, q_norm and k_norm, each with a weight and perhaps a bias:
+    those of Llama, Qwen and Mistral attention in Hugging Face transformers, whose state dicts load with strict=True. The projections are
+    plain nn.Linear. How many heads there are is read off what they return, so a projection may be sharded over its columns (and o_proj
+    over its rows), wrapped or replaced. There are no buffers: a module built on the meta device needs `to_empty` and then
+    `reset_parameters` or `load_state_dict`, nothing else. The child `attention` is called with (q, k, v), each [B, S, H, D], and holds no
+    parameters: hooks and parallel plans that want the attention alone find it there.
+
+    Args:
+        embed_dim: E, the size of x and of y.
+        num_heads: H_q.
+        num_kv_heads: H_kv, of which H_q must be a multiple; H_q when None.
+        head_dim: D; embed_dim // num_heads when None.
+        v_head_dim: D_v; head_dim when None.
+        bias: whether q_proj, k_proj and v_proj have a bias.
+        out_bias: whether o_proj has one; as `bias` when None.
+        qk_norm: RMSNorm over the D entries of each head of q and k, before the rotation: True, or the eps; True is 1e-6, None is off.
+        rope: the base theta of `rotary_embedding`, by which q and k are rotated; None is no rotation but by `position_embeddings`.
+        causal: token i sees tokens j <= i.
+        window: W, how many tokens a token sees, itself included: i - W < j <= i, which is window=(W - 1, 0) of the functional form; not
+            causal, |i - j| < W, which is (W - 1, W - 1). None is unbounded.
+        softcap, scale, deterministic: as in `functional.attention`.
+        dropout: 0; anything else is refused.
+        device, dtype: of the parameters.
+    Raises: ValueError for a number, TypeError for a type.
+    Source: arXiv:2305.13245 section 2.2; the rotation arXiv:2104.09864 section 3.4.2; the normalisation arXiv:2010.04245, arXiv:2505.09388.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        qk_norm: bool | float | None = None,
+        rope: float | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float = 0.0,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        deterministic: bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = _integer("embed_dim", embed_dim)
+        self.num_heads = _integer("num_heads", num_heads)
+        self.num_kv_heads = num_heads if num_kv_heads is None else _integer("num_kv_heads", num_kv_heads)
+        if num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"GQAttention: num_heads must be a multiple of num_kv_heads, got num_heads={num_heads}, num_kv_heads={num_kv_heads}"
+            )
+        self.head_dim = _split(embed_dim, num_heads) if head_dim is None else _integer("head_dim", head_dim)
+        self.v_head_dim = self.head_dim if v_head_dim is None else _integer("v_head_dim", v_head_dim)
+        self.rope = None if rope is None else _number("rope", rope, above=0)
+        if rope is not None and self.head_dim % 2:
+            raise ValueError(f"GQAttention: head_dim must be even with rope, got {self.head_dim}")
+        eps = _eps(qk_norm)
+        if _number("dropout", dropout) != 0:
+            raise ValueError(
+                f"GQAttention: dropout must be 0, got {dropout}; attention weights are never stored, so none can be dropped: "
+                "put nn.Dropout after this module, on the residual branch"
+            )
+        core = InnerAttention(causal=causal, window=window, softcap=softcap, scale=scale, deterministic=deterministic)
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        out_bias = bias if out_bias is None else out_bias
+        self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(embed_dim, self.num_kv_heads * self.head_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(embed_dim, self.num_kv_heads * self.v_head_dim, bias=bias, **factory)
+        self.o_proj = nn.Linear(num_heads * self.v_head_dim, embed_dim, bias=out_bias, **factory)
+        self.q_norm = None if eps is None else HeadNorm(self.head_dim, eps=eps, **factory)
+        self.k_norm = None if eps is None else HeadNorm(self.head_dim, eps=eps, **factory)
+        self.attention = core
+
+    def reset_parameters(self) -> None:
+        """Draws the projections as nn.Linear does, uniform in ±in_features ** -0.5, and sets the weights of the norms to 1."""
+        for child in (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.q_norm, self.k_norm):
+            if child is not None:
+                child.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        kv_cache: Any = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """y [B, S, E], or (y, lse) with return_lse
+
+        Args:
+            x: [B, S, E].
+            positions: integers [S], [1, S] or [B, S], by which `rope` rotates; 0 … S - 1 when None. What a token sees depends on its
+                place in x, not on its position.
+            position_embeddings: (cos, sin), each [1, S, D] or [B, S, D], as `rotary_embedding` returns them and as Hugging Face passes
+                them; they rotate q and k in place of `rope`. To compute them once for all layers, or for a scaled rotation.
+            cu_seqlens, max_seqlen, kv_cache: not supported yet.
+            return_lse: return lse [B, H_q, S] as well: float32, natural logarithm, differentiable.
+        Returns: y in the dtype of o_proj's output: that of x and the parameters, under autocast the autocast dtype.
+        Raises: ValueError for a shape, TypeError for a dtype, NotImplementedError for packed input, a cache, and on CUDA for what no
+            kernel computes. On CUDA the attention takes float16 and bfloat16 only; float32 parameters need torch.autocast.
+        """
+        _refuse(x, cu_seqlens, max_seqlen, kv_cache)
+        if x.dim() != 3 or x.shape[2] != self.embed_dim:
+            raise ValueError(f"GQAttention: x must be [B, S, E] with E={self.embed_dim}, got shape {tuple(x.shape)}")
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, self.v_head_dim))
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        cos_sin = self._cos_sin(x, positions, position_embeddings)
+        if cos_sin is not None:
+            q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
+        if not return_lse:
+            return self.o_proj(self.attention(q, k, v).flatten(2))
+        out, lse = self.attention(q, k, v, return_lse=True)
+        return self.o_proj(out.flatten(2)), lse
+
+    def _cos_sin(
+        self, x: Tensor, positions: Tensor | None, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin), each [1 or B, S, D], or None for no rotation."""
+        if position_embeddings is not None:
+            if positions is not None:
+                raise ValueError("GQAttention: positions and position_embeddings must not be given together, got both")
+            return _check_position_embeddings(x, position_embeddings, self.head_dim)
+        if self.rope is None:
+            if positions is not None:
+                raise ValueError("GQAttention: positions must be None without rope, which they are for; got positions, and rope=None")
+            return None
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        else:
+            _check_positions(x, positions)
+        cos, sin = rotary_embedding(positions if positions.dim() == 2 else positions.unsqueeze(0), self.head_dim, self.rope)
+        return cos, sin
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"]
+        if self.v_head_dim != self.head_dim:
+            parts.append(f"v_head_dim={self.v_head_dim}")
+        if self.rope is not None:
+            parts.append(f"rope={self.rope}")
+        return ", ".join(parts)
+
+
+class InnerAttention(nn.Module):
+    """attention(q, k, v) with the settings of a GQAttention, as a module: without parameters, there to be hooked or replaced."""
+
+    def __init__(self, *, causal: bool, window: int | None, softcap: float, scale: float | None, deterministic: bool | None = None) -> None:
+        super().__init__()
+        self.causal = causal
+        self.window = None if window is None else _integer("window", window)
+        self.softcap = _number("softcap", softcap, least=0)
+        self.scale = None if scale is None else _number("scale", scale)
+        if deterministic is not None and not isinstance(deterministic, bool):
+            raise TypeError(f"GQAttention: deterministic must be True, False or None, got {deterministic!r}")
+        self.deterministic = deterministic
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """out [B, S_q, H_q, D_v] of q [B, S_q, H_q, D], k [B, S_kv, H_kv, D], v [B, S_kv, H_kv, D_v]; (out, lse) with return_lse."""
+        # The functional form counts the tokens beside this one, the module counts this one too
+        side = -1 if self.window is None else self.window - 1
+        attention = functional.attention_with_lse if return_lse else functional.attention
+        return attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            scale=self.scale,
+            softcap=self.softcap,
+            window=(side, side),
+            deterministic=self.deterministic,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"causal={self.causal}"]
+        if self.window is not None:
+            parts.append(f"window={self.window}")
+        if self.softcap:
+            parts.append(f"softcap={self.softcap}")
+        if self.scale is not None:
+            parts.append(f"scale={self.scale}")
+        if self.deterministic is not None:
+            parts.append(f"deterministic={self.deterministic}")
+        return ", ".join(parts)
+
+
+class HeadNorm(nn.RMSNorm):
+    """weight x / sqrt(mean(x^2) + eps) over the last dimension, computed at least in the weight's precision, returned in x.dtype
+
+    Under autocast x is bfloat16 and the weight float32: nn.RMSNorm itself then warns and leaves its fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype))).to(x.dtype)
+
+
+def rotary_embedding(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of angle[..., s, d] = positions[..., s] theta ** (-2 (d mod D/2) / D), for the half-rotated form
+
+    Args: positions [..., S], integers, any device; head_dim D, even; theta the base.
+    Returns: (cos, sin), each [..., S, D], float32 whatever autocast says: `position_embeddings` of GQAttention.
+    Source: arXiv:2104.09864 section 3.4.2, with entry d paired to d + D/2 in place of 2d to 2d + 1.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    # Reciprocal of a power, and in this order, for the very bits of the frequencies that released weights were trained with
+    angle = positions.unsqueeze(-1).float() * (1.0 / theta**exponent)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, S, H, D] rotated by cos and sin [1 or B, S, D], in x.dtype: float32 angles must not promote bfloat16 heads."""
+    low, high = x.chunk(2, dim=-1)
+    turned = torch.cat((-high, low), dim=-1)
+    return (x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)
+
+
+# --- what the module accepts ---
+def _integer(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"GQAttention: {name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"GQAttention: {name} must be at least 1, got {value}")
+    return value
+
+
+def _number(name: str, value: object, *, above: float = -math.inf, least: float = -math.inf) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"GQAttention: {name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"GQAttention: {name} must be finite, got {value}")
+    if value <= above:
+        raise ValueError(f"GQAttention: {name} must be above {above}, got {value}")
+    if value < least:
+        raise ValueError(f"GQAttention: {name} must be at least {least}, got {value}")
+    return float(value)
+
+
+def _split(embed_dim: int, num_heads: int) -> int:
+    if embed_dim % num_heads:
+        raise ValueError(
+            "GQAttention: embed_dim must be a multiple of num_heads where head_dim is not given, "
+            f"got embed_dim={embed_dim}, num_heads={num_heads}"
+        )
+    return embed_dim // num_heads
+
+
+def _eps(qk_norm: bool | float | None) -> float | None:
+    if qk_norm is None or qk_norm is False:
+        return None
+    return 1e-6 if qk_norm is True else _number("qk_norm", qk_norm, above=0)
+
+
+def _refuse(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, kv_cache: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"GQAttention: x must be a torch.Tensor, got {type(x).__name__}")
+    if kv_cache is not None:
+        raise NotImplementedError(f"GQAttention: kv_cache must be None, there is no decoding yet, got {type(kv_cache).__name__}")
+    for name, value in (("cu_seqlens", cu_seqlens), ("max_seqlen", max_seqlen)):
+        if value is not None:
+            raise NotImplementedError(
+                f"GQAttention: {name} must be None, there is no packed form yet, got {type(value).__name__}; pass x as [B, S, E]"
+            )
+    if x.dim() == 2:
+        raise NotImplementedError(f"GQAttention: x must be [B, S, E], there is no packed form [T, E] yet, got shape {tuple(x.shape)}")
+
+
+def _check_positions(x: Tensor, positions: Tensor) -> None:
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"GQAttention: positions must be a torch.Tensor, got {type(positions).__name__}")
+    if positions.is_floating_point() or positions.is_complex() or positions.dtype is torch.bool:
+        raise TypeError(f"GQAttention: positions must be integers, got {positions.dtype}")
+    B, S, _ = x.shape
+    if positions.dim() not in (1, 2) or positions.shape[-1] != S or (positions.dim() == 2 and positions.shape[0] not in (1, B)):
+        raise ValueError(f"GQAttention: positions must be [S] or [B, S] with B={B}, S={S}, got shape {tuple(positions.shape)}")
+
+
+def _check_position_embeddings(x: Tensor, position_embeddings: tuple[Tensor, Tensor], D: int) -> tuple[Tensor, Tensor]:
+    if not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
+        raise TypeError(f"GQAttention: position_embeddings must be a pair (cos, sin), got {type(position_embeddings).__name__}")
+    B, S, _ = x.shape
+    for name, t in zip(("cos", "sin"), position_embeddings, strict=True):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"GQAttention: position_embeddings {name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dim() != 3 or t.shape[0] not in (1, B) or t.shape[1] != S or t.shape[2] != D:
+            raise ValueError(
+                f"GQAttention: position_embeddings {name} must be [1, S, D] or [B, S, D] with B={B}, S={S}, D={D}, "
+                f"got shape {tuple(t.shape)}"
+            )
+    cos, sin = position_embeddings
+    return cos, sin
