@@ -3,6 +3,7 @@
 from . import _version, nn
 from .functional import attention, attention_with_lse, merge_states
 from .ops import SAVE_OPS
+from .support import explain, supported, warmup
 
 __version__ = _version.__version__
-__all__ = ["SAVE_OPS", "attention", "attention_with_lse", "merge_states", "nn"]
+__all__ = ["SAVE_OPS", "attention", "attention_with_lse", "explain", "merge_states", "nn", "supported", "warmup"]

@@ -123,10 +123,12 @@ def attention_bwd(function: str, do: Tensor, q: Tensor, v: Tensor, out: Tensor, 
             raise ValueError(f"{function}: {name} must be on the device of q, got {t.device}, q on {q.device}")
         if t.dtype is not dtype:
             raise TypeError(f"{function}: {name} must be {_name(dtype)}, got {_name(t.dtype)}")
-        for got, want in zip(t.shape, shape, strict=True):
-            _size(
-                got == want, lambda name=name, t=t, shape=shape: f"{function}: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}"
-            )
+        _shape(function, name, t, shape)
+
+
+def _shape(function: str, name: str, t: Tensor, shape: tuple) -> None:
+    for got, want in zip(t.shape, shape, strict=True):
+        _size(got == want, lambda: f"{function}: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
 
 
 def states(function: str, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:

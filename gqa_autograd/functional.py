@@ -41,8 +41,8 @@ def attention(
         ValueError for a shape or a number, TypeError for a dtype, NotImplementedError on CUDA for what no kernel computes.
     Source: arXiv:2307.08691 algorithms 1 and 2; docs/maths/attention.md.
     """
-    q, k, v, settings = _settle(q, k, v, causal, scale, softcap, window, deterministic)
-    if not _needs_grad(q, k, v):
+    q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
+    if not needs_grad(q, k, v):
         return ops.attention_fwd(q, k, v, *settings)
     return _with_lse(q, k, v, settings)[0]
 
@@ -66,7 +66,7 @@ def attention_with_lse(
     Raises: as `attention`.
     Source: arXiv:2307.08691 algorithm 1; docs/maths/attention.md.
     """
-    q, k, v, settings = _settle(q, k, v, causal, scale, softcap, window, deterministic)
+    q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
     return _with_lse(q, k, v, settings)
 
 
@@ -90,30 +90,35 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     return (weight_a * out_a + weight_b * out_b).to(out_a.dtype), lse
 
 
-def _settle(q, k, v, causal, scale, softcap, window, deterministic) -> tuple[Tensor, Tensor, Tensor, ops.Settings]:
+def settle(
+    q, k, v, causal=False, scale=None, softcap=0.0, window=(-1, -1), deterministic=None
+) -> tuple[Tensor, Tensor, Tensor, ops.Settings]:
+    """The arguments of `attention` as its operators take them."""
     checks.tensors("attention", q=q, k=k, v=v)
     # Forward-mode AD has no hook in a custom operator: its tangents would be zero in silence
     if forward_ad._current_level >= 0:
         checks.no_tangents("attention", q=q, k=k, v=v)
     left, right = checks.window("attention", causal, window)
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    # torch has no answer for meta tensors, which have shapes only
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t if t.dtype is torch.float64 else t.to(dtype) for t in (q, k, v))
     if deterministic is None:
-        # Not also ..._warn_only_enabled(): dynamo can't trace it
-        deterministic = torch.are_deterministic_algorithms_enabled()
+        # Dynamo can't trace ..._warn_only_enabled(): a compiled call takes a wish for warnings as one for determinism
+        strict = torch.compiler.is_compiling() or not torch.is_deterministic_algorithms_warn_only_enabled()
+        deterministic = torch.are_deterministic_algorithms_enabled() and strict
     return q, k, v, ops.Settings(left, right, scale, softcap, deterministic)
 
 
-def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """The rule for LSE, in one place. Grad mode counts: under no_grad nobody will come back for the saved LSE."""
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def _with_lse(q: Tensor, k: Tensor, v: Tensor, settings: ops.Settings) -> tuple[Tensor, Tensor]:
-    if _needs_grad(q, k, v):
-        ops.check_differentiable(q, v, settings)
+    if needs_grad(q, k, v):
+        ops.tiles(q, v, settings, backward=True)
     if torch.compiler.is_compiling():
         return ops.attention_fwd_lse(q, k, v, *settings)
     return ops.Attention.apply(q, k, v, *settings)

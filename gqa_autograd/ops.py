@@ -47,7 +47,7 @@ def _checked_bwd(do, q, k, v, out, lse, dlse, settings: tuple) -> Settings:
 
 
 def _cuda_forward(q: Tensor, v: Tensor, s: Settings):
-    """The tile a CUDA call will use; NotImplementedError, also while tracing, if no kernel computes it."""
+    """The tile a CUDA call uses; NotImplementedError, also while tracing, if no kernel computes it."""
     from .kernels import config
 
     return config.forward("attention", q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap)
@@ -59,10 +59,12 @@ def _cuda_backward(function: str, q: Tensor, v: Tensor, s: Settings):
     return config.backward(function, q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap, s.deterministic)
 
 
-def check_differentiable(q: Tensor, v: Tensor, s: Settings) -> None:
-    """Refuse in the forward a gradient that the backward would have to refuse."""
-    if q.device.type == "cuda":
-        _cuda_backward("attention", q, v, s)
+def tiles(q: Tensor, v: Tensor, s: Settings, backward: bool) -> tuple:
+    """The tiles of the forward and of the backward to come, None where the definition computes. Called before a forward that will be
+    differentiated, it refuses there and not in the backward what the backward can't do."""
+    if q.device.type != "cuda":
+        return None, None
+    return _cuda_forward(q, v, s), _cuda_backward("attention", q, v, s) if backward else None
 
 
 # --- forward without LSE: nobody will ask for a gradient ---

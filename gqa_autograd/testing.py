@@ -163,15 +163,15 @@ def plain(case: Case, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor 
         mine, theirs, rows = (b, slice(None), group), (b, slice(None), h), (b, group)
         inputs = [t.detach().requires_grad_() for t in (q[mine], k[theirs], v[theirs])]
         with torch.enable_grad():
-            out, lse = _plain_forward(*inputs, *case.formula)
+            out, lse = _plain_forward(inputs, *case.formula)
         result.out[mine], result.lse[rows] = out.detach(), lse.detach()
         outputs, grads = ([out], [do[mine]]) if dlse is None else ([out, lse], [do[mine], dlse[rows].to(lse.dtype)])
         result.dq[mine], result.dk[theirs], result.dv[theirs] = torch.autograd.grad(outputs, inputs, grads)
     return result
 
 
-def _plain_forward(q, k, v, left: int, right: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+def _plain_forward(qkv: list[Tensor], left: int, right: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (t.transpose(1, 2) for t in qkv)
     z = q @ k.transpose(2, 3) * scale
     if softcap > 0:
         z = softcap * torch.tanh(z / softcap)

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ _lock = threading.RLock()
 _kernels: dict[tuple, Any] = {}
 
 
-def kernel(name: str, factory: Callable, *configuration) -> Any:
+def kernel(name: str, factory: Any, *configuration) -> Any:
     """The kernel `name` of `factory` (a @tilelang.jit function) for this configuration; compiled, or read from disk, at the first call."""
     key = (name, configuration)
     found = _kernels.get(key)
@@ -36,9 +36,7 @@ def built() -> int:
 def _one_process_at_a_time(name: str) -> Iterator[None]:
     """TileLang's disk cache is written by rename, so it is safe without this; the lock spares the ranks of a job from compiling the same
     kernel side by side: the first compiles, the others read."""
-    import tilelang
-
-    folder = Path(tilelang.env.TILELANG_CACHE_DIR) / "gqa_autograd_locks"
+    folder = Path(os.environ.get("TILELANG_CACHE_DIR", Path.home() / ".tilelang" / "cache")) / "gqa_autograd_locks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / hashlib.sha256(name.encode()).hexdigest()[:16], os.O_RDWR | os.O_CREAT, 0o666)

@@ -61,6 +61,8 @@ def _causal(function: str, window_left: int, window_right: int, softcap: float) 
 def forward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float) -> Forward:
     """The tile of a forward; NotImplementedError names what there is."""
     causal = _causal(function, window_left, window_right, softcap)
+    # While tracing a size may be symbolic; a kernel's head size is a constant of the graph
+    D, D_v = int(D), int(D_v)
     if D not in D_FORWARD or D_v != D:
         raise NotImplementedError(f"{function}: D on CUDA must be one of {D_FORWARD} and D_v equal to it, got D={D}, D_v={D_v}")
     return FORWARD[D, causal]
@@ -69,6 +71,7 @@ def forward(function: str, D: int, D_v: int, window_left: int, window_right: int
 def backward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float, deterministic: bool) -> Backward:
     """The tile of a backward; NotImplementedError names what there is."""
     causal = _causal(function, window_left, window_right, softcap)
+    D, D_v = int(D), int(D_v)
     if D not in D_BACKWARD or D_v != D:
         raise NotImplementedError(
             f"{function}: D for gradients on CUDA must be one of {D_BACKWARD} and D_v equal to it, got D={D}, D_v={D_v}; "

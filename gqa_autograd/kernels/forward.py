@@ -137,8 +137,7 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging):
         T.wait_wgmma(0)
         if lead:
             T.mbarrier_arrive(bars.v_empty[before % stages])
-        for i, j in T.Parallel(ROWS, D):
-            frags.O[i, j] *= frags.rescale[i]
+        tile.rescale_output(frags, ROWS, D)
         T.copy(frags.S, frags.P)
 
     @T.macro

@@ -18,6 +18,7 @@ LN2 = 0.6931471805599453
 # uniform: tells the compiler that a value is the same in the whole warp, so that it may live in a uniform register.
 # keep_order: ptxas hoists the wait for the PV product above the exponentials, which then hide nothing. This barrier arrival, never taken
 #   because a row sum of at most 2^16 terms below 1 stays far under 1e38, depends on the row sum and so keeps the wait behind it.
+# note_growth, any_growth: has a row of this warp a new maximum? If none has, every factor is exactly 1 and O needs no rescaling.
 # quad_sum: the sum over the four lanes of a row, taken once a tile; inside the loop AllReduce<SumOp, 4> is made the identity.
 PRELUDE = r"""
 #include <tl_templates/cuda/reduce.h>
@@ -26,6 +27,8 @@ __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 __device__ __forceinline__ void keep_order(float row_sum) {
   asm volatile("{\n.reg .pred p;\nsetp.gt.f32 p, %0, 0f7E967699;\n@p bar.arrive 15, 256;\n}\n" :: "f"(row_sum) : "memory");
 }
+__device__ __forceinline__ void note_growth(int* grown, float rescale) { *grown |= rescale != 1.f; }
+__device__ __forceinline__ int any_growth(int grown) { return __any_sync(~0u, grown); }
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
@@ -78,3 +81,15 @@ def online_softmax(frags, rows, block_N, scale_log2, first, masked):
             frags.row_sum[i] = frags.part_sum[i]
         else:
             frags.row_sum[i] = frags.row_sum[i] * frags.rescale[i] + frags.part_sum[i]
+
+
+@T.macro
+def rescale_output(frags, rows, D):
+    """O *= rescale, left out by a warp none of whose rows has a new maximum: the same bits, and late in a row few do."""
+    grown = T.alloc_local([1], "int32")
+    grown[0] = 0
+    for i in T.Parallel(rows):
+        T.call_extern("handle", "gqa::note_growth", T.address_of(grown[0]), frags.rescale[i])
+    if T.call_extern("int32", "gqa::any_growth", grown[0]) != 0:
+        for i, j in T.Parallel(rows, D):
+            frags.O[i, j] *= frags.rescale[i]

@@ -1,0 +1,107 @@
+"""A small Llama-like language model: RMSNorm, gqa_autograd.nn.GQAttention with RoPE, SwiGLU, tied embeddings."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gqa_autograd.flops import visible_pairs
+from gqa_autograd.nn import GQAttention
+
+ROPE_THETA = 10_000.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the names and sizes of the weights, and the context they are made for."""
+
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    context: int
+    qk_norm: bool
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), arXiv:2002.05202; hidden size 3.5 dim as in Llama 3, in multiples of 64."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = -(-7 * dim // 128) * 64
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.dim, eps=1e-5)
+        self.attention = GQAttention(shape.dim, shape.heads, shape.kv_heads, qk_norm=shape.qk_norm, rope=ROPE_THETA, causal=True)
+        self.mlp_norm = nn.RMSNorm(shape.dim, eps=1e-5)
+        self.mlp = SwiGLU(shape.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Tokens [B, S] -> logits [B, S, vocabulary], each of the tokens up to its own position."""
+
+    def __init__(self, shape: Shape, vocabulary: int):
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(vocabulary, shape.dim)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.dim, eps=1e-5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 0.02; what is added to the residual stream is smaller, so its variance doesn't grow with depth."""
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                added = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=0.02 * (2 * self.shape.layers) ** -0.5 if added else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] > self.shape.context:
+            raise ValueError(f"LanguageModel: at most context={self.shape.context} tokens, got {tokens.shape[1]}")
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+class TorchAttention(nn.Module):
+    """The baseline: torch's own attention in the place of the one inside GQAttention. q, k, v are [B, S, H, D]."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def use_torch_attention(model: nn.Module) -> None:
+    """Replace the child of every GQAttention that holds no parameters; weights, projections and RoPE stay as they are."""
+    for module in model.modules():
+        if isinstance(module, GQAttention):
+            module.set_submodule("attention", TorchAttention())
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """On CUDA the weights stay float32 and the products run in bfloat16; on a CPU everything is float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def train_flops_per_token(model: LanguageModel, seq_len: int) -> float:
+    """6 N for the products with the N weights (the tied embedding counts once, as the last product), and for attention 3.5 times its
+    forward, 4 D FLOPs for each visible causal pair and head: of a backward's 5 products none is free, the forward has 2."""
+    shape = model.shape
+    weights = sum(weight.numel() for weight in model.parameters())
+    pairs = visible_pairs(seq_len, seq_len, window_right=0) / seq_len
+    return 6 * weights + 3.5 * 4 * shape.dim * pairs * shape.layers

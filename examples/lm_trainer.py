@@ -1,0 +1,82 @@
+"""One run of train_lm.py: the model, the optimizer and the data, one step at a time."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import lm_checkpoint
+import lm_data
+import torch
+from lm_model import LanguageModel, autocast, use_torch_attention
+from lm_settings import Settings
+from torch import Tensor
+from torch.nn import functional as F
+
+WARMUP_STEPS = 30
+VALIDATION_BATCHES = 4
+WEIGHT_DECAY = 0.1
+LARGEST_GRADIENT = 1.0
+
+
+def learning_rate(peak: float, step: int) -> float:
+    """Linear warm-up, then 1 / sqrt(step): no horizon, so a run that is resumed for longer is the run that was longer from the start."""
+    return peak * min((step + 1) / WARMUP_STEPS, math.sqrt(WARMUP_STEPS / (step + 1)))
+
+
+def make_optimizer(model: torch.nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW that decays matrices and leaves the norms alone."""
+    weights = list(model.parameters())
+    groups = [
+        {"params": [w for w in weights if w.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [w for w in weights if w.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
+
+
+class Trainer:
+    """`gradient` may be broken off at any point: it leaves the state of `step` steps, which `update` then advances by one."""
+
+    def __init__(self, settings: Settings, device: torch.device, compiled: bool):
+        self.settings, self.device, self.step = settings, device, 0
+        self.corpus = lm_data.load()
+        torch.manual_seed(settings.seed)
+        # Drawn on the CPU, so that the initial weights are the same on every device
+        self.model = LanguageModel(settings, lm_data.VOCABULARY).to(device)
+        if settings.attention == "sdpa":
+            use_torch_attention(self.model)
+        # Shares the weights with the plain module, which validates, samples and is saved: a second graph would take longer to compile
+        self.train_model = torch.compile(self.model, fullgraph=True) if compiled else self.model
+        self.optimizer = make_optimizer(self.model, device)
+
+    def gradient(self) -> float:
+        """The loss of this step's batch, its gradient in the weights. Reading the number waits for the device."""
+        s = self.settings
+        self.optimizer.zero_grad()
+        loss = self._loss(self.train_model, lm_data.batch(self.corpus.train, s.batch, s.seq_len, s.seed, self.step))
+        loss.backward()
+        return loss.item()
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings.lr, self.step)
+        self.optimizer.step()
+        self.step += 1
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        s = self.settings
+        batches = lm_data.validation_batches(self.corpus.validation, s.batch, s.seq_len, VALIDATION_BATCHES)
+        return sum(self._loss(self.model, batch).item() for batch in batches) / len(batches)
+
+    def _loss(self, model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        tokens, targets = (t.to(self.device) for t in batch)
+        with autocast(self.device):
+            logits = model(tokens)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def save(self, path: Path) -> None:
+        lm_checkpoint.save(path, self.model, self.optimizer, self.step, self.settings)
+
+    def restore(self, state: dict) -> None:
+        self.step = lm_checkpoint.restore(state, self.model, self.optimizer)
