@@ -71,14 +71,13 @@ def set_up(command):
 
 
 def lint(python, here):
-    """The first exit status other than 0 of ruff and mypy; with --here a missing one is left out, and said to be."""
-    status = 0
-    for tool, *arguments in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)):
-        if here and importlib.util.find_spec(tool) is None:
-            print(f"run.py: {tool} is not installed here, so `{' '.join([tool, *arguments])}` is left out", flush=True)
-        else:
-            status = run(python, "-m", tool, *arguments) or status
-    return status
+    """An exit status other than 0 of ruff or mypy, if there was one; with --here a missing tool is left out, and said to be."""
+    commands = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
+    missing = {tool for tool, *_ in commands if here and importlib.util.find_spec(tool) is None}
+    if missing:
+        print(f"run.py: {' and '.join(sorted(missing))} not installed here, left out", flush=True)
+    statuses = [run(python, "-m", tool, *arguments) for tool, *arguments in commands if tool not in missing]
+    return next(filter(None, statuses), 0)
 
 
 def test(python, here, arguments):

@@ -81,8 +81,8 @@ def cases(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Callable[[],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=9, help="runs of each row, taken in turn; the median is printed (default 9)")
-    parser.add_argument("--calls", type=int, default=2000, help="calls in a run (default 2000)")
+    parser.add_argument("--runs", type=int, default=25, help="runs of each row, taken in turn; the median is printed (default 25)")
+    parser.add_argument("--calls", type=int, default=500, help="calls in a run (default 500)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     q, do = torch.randn(2, 1, 2, 4, 8).unbind(0)
@@ -90,9 +90,7 @@ def main() -> None:
     stub(q, k, v)
     rows = cases(q, k, v, do)
     runs = [[microseconds(call, arguments.calls) for call in rows.values()] for _ in range(arguments.runs)]
-    print(
-        f"torch {torch.__version__}; median (lowest to highest) of {arguments.runs} runs of {arguments.calls} calls, µs of CPU time a call"
-    )
+    print(f"torch {torch.__version__}; median (lowest to highest) of {arguments.runs} runs of {arguments.calls} calls, CPU µs a call")
     for name, times in zip(rows, zip(*runs, strict=True), strict=True):
         print(f"{statistics.median(times):7.1f}  ({min(times):.1f} to {max(times):.1f})  {name}")
 

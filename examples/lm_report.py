@@ -21,13 +21,13 @@ def describe_speed(trainer: Trainer, tokens_per_s: float) -> str:
     return text
 
 
-def introduce(trainer: Trainer) -> None:
+def introduce(trainer: Trainer, compiled: bool) -> None:
     s, corpus = trainer.settings, trainer.corpus
     weights = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"{s.attention} attention on {trainer.device}, {weights / 1e6:.1f} M weights:", end=" ")
     print(f"{s.layers} layers of {s.dim}, {s.heads} query and {s.kv_heads} KV heads")
     print(f"{len(corpus.train):,} training and {len(corpus.validation):,} validation bytes;", end=" ")
-    print(f"{s.batch} x {s.seq_len} a step, steps {trainer.step} to {s.steps}", flush=True)
+    print(f"{s.batch} x {s.seq_len} a step, steps {trainer.step} to {s.steps}{', the first compiles' if compiled else ''}", flush=True)
 
 
 def conclude(options: argparse.Namespace, trainer: Trainer, log: Log, seconds: float) -> None:

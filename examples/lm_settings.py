@@ -23,7 +23,7 @@ class Settings(Shape):
 
 
 _BOTH = {"attention": "gqa", "qk_norm": True, "seed": 0}
-_CPU = {"layers": 4, "dim": 128, "heads": 4, "kv_heads": 2, "context": 1024, "steps": 300, "batch": 8, "seq_len": 256}
+_CPU = {"layers": 3, "dim": 128, "heads": 4, "kv_heads": 2, "context": 1024, "steps": 250, "batch": 8, "seq_len": 256}
 _CUDA = {"layers": 12, "dim": 1024, "heads": 8, "kv_heads": 2, "context": 8192, "steps": 200, "batch": 24, "seq_len": 2048}
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {**_BOTH, **_CPU, "lr": 3e-3, "eval_every": 50, "save_every": 100},

@@ -38,6 +38,8 @@ class Trainer:
 
     def __init__(self, settings: Settings, device: torch.device, compiled: bool):
         self.settings, self.device, self.step = settings, device, 0
+        # Compiled for a CPU, the embedding's gradient is summed by atomics, in any order, unless this is set; a GPU keeps its speed
+        torch.use_deterministic_algorithms(device.type == "cpu")
         self.corpus = lm_data.load()
         torch.manual_seed(settings.seed)
         # Drawn on the CPU, so that the initial weights are the same on every device

@@ -1,12 +1,14 @@
 """Plots of train_lm.py: the curves of one run, and `python examples/plot_lm.py runs/*/log.jsonl --out curves.png` for several.
 
-The comparison draws every run's training loss, and below it gqa - sdpa of each seed beside how far apart the seeds are."""
+The comparison draws the losses of both attentions, and below how far they are apart seed by seed, beside how far apart seeds are."""
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -17,6 +19,8 @@ from matplotlib import pyplot
 Row = dict[str, Any]
 Runs = dict[tuple[str, int], list[Row]]
 COLOURS = {"gqa": "#d95f02", "sdpa": "#1b6ca8"}
+# One lies on the other: dashes over a broad line show both
+LINES: dict[str, Row] = {"gqa": {"linewidth": 3, "alpha": 0.55}, "sdpa": {"linewidth": 1, "linestyle": "--"}}
 
 
 def read(logs: Iterable[Path]) -> list[Row]:
@@ -49,44 +53,48 @@ def draw_run(log: Path, png: Path) -> None:
 
 
 def draw_comparison(runs: Runs, png: Path) -> None:
-    figure, (losses, differences) = pyplot.subplots(2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(3, 2), layout="constrained")
-    _draw_losses(losses, runs)
-    _draw_differences(differences, runs)
-    differences.set_xlabel("step")
+    figure, (losses, distances) = pyplot.subplots(2, 1, figsize=(7.5, 6), sharex=True, height_ratios=(3, 2), layout="constrained")
+    for attention in sorted({key[0] for key in runs}):
+        _draw_losses(losses, [rows for key, rows in runs.items() if key[0] == attention], attention)
+    losses.set(ylabel="loss, nats a byte")
+    losses.legend(frameon=False, title="lines: training, mean of the seeds; band: their range; dots: validation")
+    _draw_distances(distances, runs)
+    distances.set(xlabel="step", ylabel="distance in training loss", yscale="log")
+    distances.legend(frameon=False, fontsize="small")
+    for axes in (losses, distances):
+        axes.grid(alpha=0.25)
     _write(figure, png)
 
 
-def _draw_losses(axes, runs: Runs) -> None:
-    for number, ((attention, _), rows) in enumerate(runs.items()):
-        style = {"color": COLOURS.get(attention), "linestyle": "--" if attention == "sdpa" else "-"}
-        axes.plot(*column(rows, "loss"), linewidth=1, alpha=0.7, **style)
-        first = all(other[0] != attention for other in list(runs)[:number])
-        axes.plot(*column(rows, "val_loss"), marker="o", markersize=4, label=attention if first else None, **style)
-    axes.set(ylabel="loss, nats a byte")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, title="thin: training, dots: validation")
+def _shared(runs: list[list[Row]], name: str) -> tuple[list[int], list[list[float]]]:
+    """The steps that all runs have, and for each the value of each run."""
+    columns = [dict(zip(*column(rows, name), strict=True)) for rows in runs]
+    steps = sorted(set.intersection(*map(set, columns))) if columns else []
+    return steps, [[values[step] for values in columns] for step in steps]
 
 
-def _draw_differences(axes, runs: Runs) -> None:
-    baseline = [dict(zip(*column(rows, "loss"), strict=True)) for (attention, _), rows in runs.items() if attention == "sdpa"]
-    steps = sorted(set.intersection(*map(set, baseline))) if baseline else []
-    half = [(max(run[step] for run in baseline) - min(run[step] for run in baseline)) / 2 for step in steps]
-    axes.fill_between(
-        steps, [-h for h in half], half, color=COLOURS["sdpa"], alpha=0.15, linewidth=0, label="± half the range of sdpa's seeds"
-    )
-    for (attention, seed), rows in runs.items():
+def _draw_losses(axes, runs: list[list[Row]], attention: str) -> None:
+    steps, values = _shared(runs, "loss")
+    axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=COLOURS[attention], alpha=0.12, linewidth=0)
+    axes.plot(steps, [fmean(v) for v in values], color=COLOURS[attention], label=f"{attention}, {len(runs)} seeds", **LINES[attention])
+    steps, values = _shared(runs, "val_loss")
+    axes.plot(steps, [fmean(v) for v in values], "o", markersize=7 if attention == "gqa" else 3, color=COLOURS[attention])
+
+
+def _draw_distances(axes, runs: Runs) -> None:
+    steps, values = _shared([rows for key, rows in runs.items() if key[0] == "sdpa"], "loss")
+    axes.plot(steps, [max(v) - min(v) for v in values], color="#7f7f7f", label="between sdpa's seeds, largest - smallest")
+    for attention, seed in runs:
         if attention == "gqa" and ("sdpa", seed) in runs:
-            other = dict(zip(*column(runs["sdpa", seed], "loss"), strict=True))
-            gaps = [(step, loss - other[step]) for step, loss in zip(*column(rows, "loss"), strict=True) if step in other]
-            axes.plot(*zip(*gaps, strict=True), linewidth=1, label=f"gqa - sdpa, seed {seed}")
-    axes.set(ylabel="difference in training loss")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, ncols=2)
+            steps, values = _shared([runs["gqa", seed], runs["sdpa", seed]], "loss")
+            gaps = [ours - theirs for ours, theirs in values]
+            # A logarithmic axis leaves out the steps whose losses are bit-equal
+            axes.plot(steps, [abs(gap) or math.nan for gap in gaps], linewidth=1, label=f"|gqa - sdpa|, seed {seed}")
 
 
 def _write(figure, png: Path) -> None:
     png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=110)
+    figure.savefig(png, dpi=95, pil_kwargs={"optimize": True})
     pyplot.close(figure)
 
 

@@ -52,8 +52,8 @@ def train(trainer: Trainer, log: Log, checkpoint: Path, interrupt: Interrupt, pr
             with interrupt.held():
                 trainer.update()
                 speed = s.batch * s.seq_len / (time.perf_counter() - started)
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
                 last = trainer.step == s.steps
                 validation = trainer.validate() if last or trainer.step % s.eval_every == 0 else None
                 log.write(
@@ -70,7 +70,7 @@ def main() -> int:
     options = lm_options.parse()
     trainer, log = prepare(options)
     checkpoint = options.out / "checkpoint.pt"
-    introduce(trainer)
+    introduce(trainer, options.compile)
     started = time.perf_counter()
     try:
         train(trainer, log, checkpoint, interrupt, options.progress)

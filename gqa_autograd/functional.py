@@ -113,12 +113,29 @@ def settle(
 
 def needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """The rule for LSE, in one place. Grad mode counts: under no_grad nobody will come back for the saved LSE."""
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return _transformed() and any(map(_requires_grad_below, (q, k, v)))
+
+
+def _transformed() -> bool:
+    """Inside torch.func or vmap, run and not traced."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _requires_grad_below(t: Tensor) -> bool:
+    """An inner vmap hides from its wrapper that an outer grad watches the tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t) and not t.requires_grad:
+        t = functorch.get_unwrapped(t)
+    return t.requires_grad
 
 
 def _with_lse(q: Tensor, k: Tensor, v: Tensor, settings: ops.Settings) -> tuple[Tensor, Tensor]:
     if needs_grad(q, k, v):
         ops.tiles(q, v, settings, backward=True)
-    if torch.compiler.is_compiling():
-        return ops.attention_fwd_lse(q, k, v, *settings)
-    return ops.Attention.apply(q, k, v, *settings)
+        if not torch.compiler.is_compiling():
+            return (ops.Attention if _transformed() else ops.EagerAttention).apply(q, k, v, *settings)
+    return ops.attention_fwd_lse(q, k, v, *settings)

@@ -77,7 +77,7 @@ def test_schema_order_and_purity(name):
 
 @pytest.mark.parametrize("case", [SMALL, dataclasses.replace(SMALL, layout="bhsd"), Case(1, 2, 1, 3, 3, 4, dtype=torch.float32)], ids=str)
 def test_outputs_alias_nothing(case):
-    """Pitfall 7, and section 3: outputs are contiguous whatever the strides of q. One key and G = 1 are where a definition could hand back v or do itself."""
+    """Pitfall 7; contiguous whatever the strides of q. One key and G = 1 are where a definition could hand back v or do itself."""
     q, k, v, do = inputs(case, False)
     out, lse = ops.attention_fwd_lse(q, k, v)
     results = [out, lse, ops.attention_fwd(q, k, v), *ops.attention_bwd(do, q, k, v, out, lse, None)]

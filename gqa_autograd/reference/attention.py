@@ -9,7 +9,9 @@ window_right = 0. The G query heads of a KV head are stacked as rows, [B, H_kv, 
 dk and dv over the group is part of the matrix product. Computed in float32, in float64 for float64 inputs.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +19,17 @@ from torch import Tensor
 
 def _accumulate(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+def _as_written(function: Callable) -> Callable:
+    """Autocast is off inside: it would turn the float32 products into bfloat16 ones."""
+
+    @functools.wraps(function)
+    def run(q: Tensor, *args):
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args)
+
+    return run
 
 
 def visible(S_q: int, S_kv: int, window_left: int, window_right: int, device: torch.device) -> Tensor:
@@ -37,10 +50,11 @@ def _rows(t: Tensor, H_kv: int, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).permute(0, 2, 1, 3).reshape(B, H_kv, H // H_kv * S, D)
 
 
-def _heads(t: Tensor, H: int) -> Tensor:
+def _heads(t: Tensor, S: int, H: int) -> Tensor:
     """[B, H_kv, G S, D] -> [B, S, H, D]: the inverse of _rows."""
     B, _, _, D = t.shape
-    return t.reshape(B, H, -1, D).permute(0, 2, 1, 3)
+    # S is given, not inferred: an empty batch would leave it ambiguous
+    return t.reshape(B, H, S, D).permute(0, 2, 1, 3)
 
 
 def _logits(q: Tensor, k: Tensor, window_left: int, window_right: int, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
@@ -55,6 +69,7 @@ def _logits(q: Tensor, k: Tensor, window_left: int, window_right: int, scale: fl
     return z, visible(S_q, S_kv, window_left, window_right, q.device).repeat(H_q // H_kv, 1)
 
 
+@_as_written
 def attention_fwd_lse(
     q: Tensor, k: Tensor, v: Tensor, window_left: int, window_right: int, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
@@ -65,10 +80,11 @@ def attention_fwd_lse(
         z = z.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(z, dim=-1, keepdim=True)
     p = torch.exp(z - lse.masked_fill(lse == -math.inf, 0))
-    out = _heads(p @ _rows(v, k.shape[2], p.dtype), H_q)
+    out = _heads(p @ _rows(v, k.shape[2], p.dtype), S_q, H_q)
     return out.to(q.dtype), lse.reshape(B, H_q, S_q)
 
 
+@_as_written
 def attention_bwd(
     do: Tensor,
     q: Tensor,
@@ -86,7 +102,7 @@ def attention_bwd(
 
     delta_i = do_i·out_i - dlse_i;  dz = P (do v^T - delta);  ds = dz (1 - (z/cap)^2);  dq = scale ds k,  dk = scale ds^T q,  dv = P^T do
     """
-    H_q, H_kv, dtype = q.shape[2], k.shape[2], _accumulate(q)
+    S_q, H_q, S_kv, H_kv, dtype = q.shape[1], q.shape[2], k.shape[1], k.shape[2], _accumulate(q)
     z, seen = _logits(q, k, window_left, window_right, scale, softcap)
     column = _rows(lse.transpose(1, 2).unsqueeze(3), H_kv, dtype)
     # A row that sees no key has lse = -inf; +inf makes its P zero
@@ -102,4 +118,4 @@ def attention_bwd(
     if softcap > 0:
         ds = ds * (1 - (z / softcap).square())
     dq, dk, dv = ds @ k_rows, ds.transpose(2, 3) @ q_rows, p.transpose(2, 3) @ do_rows
-    return _heads(dq, H_q).to(q.dtype), _heads(dk, H_kv).to(k.dtype), _heads(dv, H_kv).to(v.dtype)
+    return _heads(dq, S_q, H_q).to(q.dtype), _heads(dk, S_kv, H_kv).to(k.dtype), _heads(dv, S_kv, H_kv).to(v.dtype)
