@@ -8,6 +8,7 @@ queries of every head of the group by, so dK and dV stay in registers and need n
 compute S^T and dP^T, so that P^T and dS^T are register operands of the products for dV and dK. dQ is the product over all keys of the
 block: dS goes through shared memory, each warpgroup takes half of D, and a warp of its own adds the result to global memory by TMA."""
 
+import functools
 from types import SimpleNamespace
 
 import tilelang
@@ -333,6 +334,7 @@ def build_postprocess(D, dtype, block_M):
     return attention_bwd_postprocess
 
 
+@functools.cache
 def compiled(cfg: Backward, dtype: torch.dtype, has_dlse: bool) -> tuple:
     """The three kernels of a configuration, built at their first use."""
     name = str(dtype).removeprefix("torch.")

@@ -44,7 +44,7 @@ def slot(device: torch.device) -> int:
     """The tile counter of the current stream; -1 (fixed order) while a graph is captured, since two replays could meet in one counter."""
     if torch.cuda.is_current_stream_capturing():
         return -1
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     number = _slots.setdefault(key, len(_slots))
     return number if number < SLOTS else -1
 

@@ -6,6 +6,7 @@ one runs under the products of the other; the product with V of key block n - 1 
 under its softmax. A block takes tile after tile, longest first; the output leaves by TMA under the next tile's loads. Every tile does at
 least one, then fully masked, key block: so each load is waited for, and a query without keys gets out = 0 and lse = -inf."""
 
+import functools
 from types import SimpleNamespace
 
 import tilelang
@@ -295,6 +296,7 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging):
     return attention_fwd
 
 
+@functools.cache
 def compiled(cfg: Forward, dtype: torch.dtype, return_lse: bool):
     """The kernel of a configuration, built at its first use."""
     return kernel("attention_fwd", build, str(dtype).removeprefix("torch."), return_lse, *cfg)
