@@ -37,17 +37,6 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.copy_(values[0]), lse.copy_(values[1])
 
 
-class Combined(torch.autograd.Function):
-    """Attention without a separate setup_context, whose arguments torch binds by signature at each call; torch.func refuses this form."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        ops.Attention.setup_context(ctx, args, output := ops.attention_fwd_lse(*args))
-        return output
-
-    backward = staticmethod(ops.Attention.backward)
-
-
 def microseconds(call: Callable[[], object], calls: int) -> float:
     for _ in range(calls // 10 + 1):
         call()
@@ -62,7 +51,7 @@ def cases(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Callable[[],
     forwards = {
         "(a) ops.Attention.apply": lambda *x: ops.Attention.apply(*x, *SETTINGS),
         "(b) the operator attention_fwd_lse": lambda *x: ops.attention_fwd_lse(*x, *SETTINGS),
-        "(c) a Function without setup_context": lambda *x: Combined.apply(*x, *SETTINGS),
+        "(c) ops.EagerAttention.apply": lambda *x: ops.EagerAttention.apply(*x, *SETTINGS),
         "functional.attention_with_lse": lambda *x: functional.attention_with_lse(*x, causal=True),
     }
     found: dict[str, Callable[[], object]] = {

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -82,12 +83,16 @@ def environment(commit: str | None) -> dict[str, object]:
     return {"gpu": torch.cuda.get_device_name(), **software, **tree, "date": now}
 
 
-def sm_mhz() -> int | None:
-    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+def sm_mhz(function: Callable[[], object]) -> int | None:
+    """The SM clock while `function` keeps the GPU busy; None where NVML's Python bindings are missing."""
+    for _ in range(50):
+        function()
     try:
-        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
-    except (OSError, subprocess.CalledProcessError, ValueError):
+        return torch.cuda.clock_rate()
+    except (ImportError, RuntimeError):
         return None
+    finally:
+        torch.cuda.synchronize()
 
 
 def flops(case: Case, op: str) -> float:
@@ -107,7 +112,7 @@ def rows(case: Case, op: str, names: list[str], args: argparse.Namespace, common
     tensors = testing.make(case, "cuda")
     contestants = {name: baselines.CONTESTANTS[name](case, *tensors) for name in names}
     samples = measure.interleaved({name: getattr(c, op) for name, c in contestants.items()}, args.rounds, args.repeats)
-    clock = sm_mhz()
+    clock = sm_mhz(getattr(contestants["ours"], op))
     measured = []
     for name, times in samples.items():
         row = {"op": op, "contestant": name, "case": described(case), "dtype": args.dtype, "deterministic": False}

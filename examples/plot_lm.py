@@ -60,7 +60,7 @@ def draw_comparison(runs: Runs, png: Path) -> None:
     losses.legend(frameon=False, title="lines: training, mean of the seeds; band: their range; dots: validation")
     _draw_distances(distances, runs)
     distances.set(xlabel="step", ylabel="distance in training loss", yscale="log")
-    distances.legend(frameon=False, fontsize="small")
+    distances.legend(frameon=False, fontsize="small", loc="best", ncols=2)
     for axes in (losses, distances):
         axes.grid(alpha=0.25)
     _write(figure, png)

@@ -1,5 +1,6 @@
 """What runs where: `supported` lists it, `explain` says it of one call, `warmup` builds it ahead."""
 
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -92,13 +93,27 @@ def warmup(
     """
     from .kernels import build
 
-    for size in [D] if isinstance(D, int) else D:
-        for element in [dtype] if isinstance(dtype, torch.dtype) else dtype:
-            for mask in (True, False) if causal is None else (causal,):
-                _build(size, element, mask, backward)
-                if device is not None:
-                    _launch(size, element, mask, backward, torch.device(device))
+    sizes = (D,) if isinstance(D, int) else tuple(D)
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    masks = (True, False) if causal is None else (causal,)
+    wanted = list(itertools.product(sizes, dtypes, masks))
+    for configuration in wanted:
+        _check(*configuration, backward)
+    for configuration in wanted:
+        _build(*configuration, backward)
+        if device is not None:
+            _launch(*configuration, backward, torch.device(device))
     return build.built()
+
+
+def _check(D: int, dtype: torch.dtype, causal: bool, backward: bool) -> None:
+    from .kernels import config
+
+    if dtype not in checks.CUDA_DTYPES:
+        raise TypeError(f"warmup: dtype must be float16 or bfloat16, got {str(dtype).removeprefix('torch.')}")
+    config.forward("warmup", D, D, -1, 0 if causal else -1, 0.0)
+    if backward:
+        config.backward("warmup", D, D, -1, 0 if causal else -1, 0.0, False)
 
 
 def _build(D: int, dtype: torch.dtype, causal: bool, backward: bool) -> None:
@@ -106,15 +121,10 @@ def _build(D: int, dtype: torch.dtype, causal: bool, backward: bool) -> None:
     from .kernels import config
     from .kernels import forward as forward_kernels
 
-    if dtype not in checks.CUDA_DTYPES:
-        raise TypeError(f"warmup: dtype must be float16 or bfloat16, got {dtype}")
-    window_right = 0 if causal else -1
-    tile = config.forward("warmup", D, D, -1, window_right, 0.0)
-    backward_tile = config.backward("warmup", D, D, -1, window_right, 0.0, False) if backward else None
     for return_lse in (False, True):
-        forward_kernels.compiled(tile, dtype, return_lse)
-    if backward_tile is not None:
-        backward_kernels.compiled(backward_tile, dtype, has_dlse=False)
+        forward_kernels.compiled(config.FORWARD[D, causal], dtype, return_lse)
+    if backward:
+        backward_kernels.compiled(config.BACKWARD[D, causal], dtype, False)
 
 
 def _launch(D: int, dtype: torch.dtype, causal: bool, backward: bool, device: torch.device) -> None:

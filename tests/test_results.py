@@ -1,0 +1,48 @@
+"""The committed rows: complete, and what the README says of speed is what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cases, table
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [
+    (path.name, row)
+    for path in sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl"))
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+]
+KEYS = {"op", "contestant", "run", "case", "dtype", "metric", "gpu", "driver", "cuda", "torch", "tilelang", "commit", "date"}
+
+
+def test_rows_say_where_they_come_from():
+    assert ROWS
+    for name, row in ROWS:
+        assert row.keys() >= KEYS, f"{name}: a row lacks {KEYS - row.keys()}"
+        assert row["op"] == name.removesuffix(".jsonl")
+        assert row["gpu"]
+        assert row["commit"]
+
+
+def test_times_and_rates_agree():
+    for _, row in ROWS:
+        if "ms" in row:
+            assert 0 < row["ms"]["p10"] <= row["ms"]["p50"] <= row["ms"]["p90"]
+            # Above the dense peak of the data sheet a figure is a mistake
+            assert 0 < row["tflops"] < 990
+        if row["op"] in ("forward", "backward") and row["contestant"] == "ours":
+            assert row["error_ratio"] <= 2
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_first_speed_mark(op):
+    """At least 1.05 times cuDNN, in one process, at every length of the set."""
+    rows = table.newest(op)
+    for case in cases.SETS["first-mark"]:
+        ours, cudnn = (table.tflops(rows, case.B, case.S_q, contestant) for contestant in ("ours", "cudnn"))
+        assert ours >= 1.05 * cudnn, f"{op}, S {case.S_q}: {ours} against {cudnn}"
+
+
+def test_readme_shows_the_newest_rows():
+    assert table.table() in (ROOT / "README.md").read_text(encoding="utf-8"), "paste what `python -m benchmarks.table` prints"
