@@ -6,7 +6,7 @@
 
 DIR/log.jsonl gets one row a step, DIR/curves.png shows them, DIR/checkpoint.pt is what --resume reads. On a CPU a resumed run gives the
 losses of an uninterrupted one bit for bit (same Python, same number of threads): data and learning rate are functions of seed and step.
-MFU counts the FLOPs of `lm_model.train_flops_per_token` against the dense bfloat16 peak of an H100 or H200.
+MFU counts the FLOPs of `lm.model.train_flops_per_token` against the dense bfloat16 peak of an H100 or H200.
 """
 
 import argparse
@@ -15,21 +15,21 @@ import os
 import time
 from pathlib import Path
 
-import lm_checkpoint
-import lm_options
-from lm_log import Interrupt, Log
-from lm_report import conclude, describe_speed, introduce
-from lm_settings import fail, settle
-from lm_trainer import Trainer
+import lm.checkpoint
+import lm.options
+from lm.log import Interrupt, Log
+from lm.report import conclude, describe_speed, introduce
+from lm.settings import fail, settle
+from lm.trainer import Trainer
 from tqdm import tqdm
 
 INTERRUPTED = 130
 
 
 def prepare(options: argparse.Namespace) -> tuple[Trainer, Log]:
-    device, out = lm_options.device(options.device), lm_options.folder(options.out)
+    device, out = lm.options.device(options.device), lm.options.folder(options.out)
     checkpoint = out / "checkpoint.pt"
-    state = lm_checkpoint.load(checkpoint, device) if options.resume else None
+    state = lm.checkpoint.load(checkpoint, device) if options.resume else None
     trainer = Trainer(settle(options, state and state["settings"], device.type), device, options.compile)
     if state:
         trainer.restore(state)
@@ -67,7 +67,7 @@ def train(trainer: Trainer, log: Log, checkpoint: Path, interrupt: Interrupt, pr
 
 def main() -> int:
     interrupt = Interrupt()
-    options = lm_options.parse()
+    options = lm.options.parse()
     trainer, log = prepare(options)
     checkpoint = options.out / "checkpoint.pt"
     introduce(trainer, options.compile)

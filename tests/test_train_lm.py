@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import lm_data  # noqa: E402
-import lm_options  # noqa: E402
+import lm.data  # noqa: E402
+import lm.options  # noqa: E402
 import plot_lm  # noqa: E402
 import train_lm  # noqa: E402
-from lm_log import Interrupt  # noqa: E402
-from lm_model import LanguageModel, Shape, train_flops_per_token  # noqa: E402
+from lm.log import Interrupt  # noqa: E402
+from lm.model import LanguageModel, Shape, train_flops_per_token  # noqa: E402
 
 SHAPE = ["--layers", "2", "--dim", "32", "--heads", "2", "--kv-heads", "1", "--context", "128"]
 TINY = [
@@ -206,7 +206,7 @@ def test_resume_errors(whole, tmp_path, capsys):
 
 def one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        train_lm.prepare(lm_options.parse(list(map(str, arguments))))
+        train_lm.prepare(lm.options.parse(list(map(str, arguments))))
     captured = capsys.readouterr()
     assert exit.value.code == 2
     assert captured.err.startswith("train_lm: error: ")
@@ -232,29 +232,29 @@ def test_stops_where_the_loss_is_not_finite(tmp_path):
 
 # --- data, FLOPs, files ---
 def test_split_is_disjoint():
-    training, validation = lm_data.split(lm_data.documents())
+    training, validation = lm.data.split(lm.data.documents())
     assert not set(training) & set(validation)
     assert len(set(training)) == len(training)
     share = sum(map(len, validation)) / sum(map(len, training + validation))
     assert 0.04 < share < 0.12
     # The same text once more, in another order, is split in the same way
-    assert set(lm_data.split(reversed(training))[0]) == set(training)
+    assert set(lm.data.split(reversed(training))[0]) == set(training)
 
 
 def test_data_depend_on_seed_and_step_alone():
-    stream = lm_data.load().train
-    tokens, targets = lm_data.batch(stream, 2, 64, seed=1, step=7)
-    again, _ = lm_data.batch(stream, 2, 64, seed=1, step=7)
+    stream = lm.data.load().train
+    tokens, targets = lm.data.batch(stream, 2, 64, seed=1, step=7)
+    again, _ = lm.data.batch(stream, 2, 64, seed=1, step=7)
     assert torch.equal(tokens, again)
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
     for seed, step in ((2, 7), (1, 8), (2**32 + 1, 7)):
-        assert not torch.equal(tokens, lm_data.batch(stream, 2, 64, seed, step)[0])
+        assert not torch.equal(tokens, lm.data.batch(stream, 2, 64, seed, step)[0])
 
 
 def test_flops_against_the_operators_own_count():
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = LanguageModel(Shape(layers=2, dim=64, heads=4, kv_heads=2, context=64, qk_norm=True), lm_data.VOCABULARY)
+    model = LanguageModel(Shape(layers=2, dim=64, heads=4, kv_heads=2, context=64, qk_norm=True), lm.data.VOCABULARY)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(3, 64, dtype=torch.long)).sum().backward()
     norms = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)

@@ -11,8 +11,9 @@ import pytest
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer here: memcheck was not run")
 def test_memcheck():
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("no compute-sanitizer here: memcheck was not run")
     # Without the caching allocator each tensor is an allocation of its own, so that its bounds are known
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     script = Path(__file__).with_name("small_step.py")

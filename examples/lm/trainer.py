@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import lm_checkpoint
-import lm_data
 import torch
-from lm_model import LanguageModel, autocast, use_torch_attention
-from lm_settings import Settings
 from torch import Tensor
 from torch.nn import functional as F
+
+from . import checkpoint, data
+from .model import LanguageModel, autocast, use_torch_attention
+from .settings import Settings
 
 WARMUP_STEPS = 30
 VALIDATION_BATCHES = 4
@@ -40,10 +40,10 @@ class Trainer:
         self.settings, self.device, self.step = settings, device, 0
         # Compiled for a CPU, the embedding's gradient is summed by atomics, in any order, unless this is set; a GPU keeps its speed
         torch.use_deterministic_algorithms(device.type == "cpu")
-        self.corpus = lm_data.load()
+        self.corpus = data.load()
         torch.manual_seed(settings.seed)
         # Drawn on the CPU, so that the initial weights are the same on every device
-        self.model = LanguageModel(settings, lm_data.VOCABULARY).to(device)
+        self.model = LanguageModel(settings, data.VOCABULARY).to(device)
         if settings.attention == "sdpa":
             use_torch_attention(self.model)
         # Shares the weights with the plain module, which validates, samples and is saved: a second graph would take longer to compile
@@ -54,7 +54,7 @@ class Trainer:
         """The loss of this step's batch, its gradient in the weights. Reading the number waits for the device."""
         s = self.settings
         self.optimizer.zero_grad()
-        loss = self._loss(self.train_model, lm_data.batch(self.corpus.train, s.batch, s.seq_len, s.seed, self.step))
+        loss = self._loss(self.train_model, data.batch(self.corpus.train, s.batch, s.seq_len, s.seed, self.step))
         loss.backward()
         return loss.item()
 
@@ -68,7 +68,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         s = self.settings
-        batches = lm_data.validation_batches(self.corpus.validation, s.batch, s.seq_len, VALIDATION_BATCHES)
+        batches = data.validation_batches(self.corpus.validation, s.batch, s.seq_len, VALIDATION_BATCHES)
         return sum(self._loss(self.model, batch).item() for batch in batches) / len(batches)
 
     def _loss(self, model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -78,7 +78,7 @@ class Trainer:
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def save(self, path: Path) -> None:
-        lm_checkpoint.save(path, self.model, self.optimizer, self.step, self.settings)
+        checkpoint.save(path, self.model, self.optimizer, self.step, self.settings)
 
     def restore(self, state: dict) -> None:
-        self.step = lm_checkpoint.restore(state, self.model, self.optimizer)
+        self.step = checkpoint.restore(state, self.model, self.optimizer)

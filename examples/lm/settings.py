@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from lm_model import Shape
+from .model import Shape
 
 
 @dataclass(frozen=True)

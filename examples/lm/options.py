@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lm_settings import PRESETS, fail
+
+from .settings import PRESETS, fail
 
 _HELP = {
     "layers": "transformer blocks",

@@ -3,13 +3,14 @@
 import argparse
 import statistics
 
-import lm_data
 import plot_lm
 import torch
-from lm_log import Log
-from lm_model import train_flops_per_token
-from lm_sample import sample
-from lm_trainer import Trainer
+
+from . import data
+from .log import Log
+from .model import train_flops_per_token
+from .sample import sample
+from .trainer import Trainer
 
 PEAK_FLOPS = 989e12  # bfloat16, dense: data sheets of the H100 SXM and the H200
 
@@ -39,6 +40,6 @@ def conclude(options: argparse.Namespace, trainer: Trainer, log: Log, seconds: f
         print(f"compilation and validation included; median step {describe_speed(trainer, speed)}")
         plot_lm.draw_run(options.out / "log.jsonl", options.out / "curves.png")
     s = trainer.settings
-    tokens = sample(trainer.model, lm_data.encode(options.prompt), options.sample_bytes, s.seq_len, s.seed)
+    tokens = sample(trainer.model, data.encode(options.prompt), options.sample_bytes, s.seq_len, s.seed)
     if options.sample_bytes:
-        print(f"--- sample ---\n{lm_data.decode(tokens)}")
+        print(f"--- sample ---\n{data.decode(tokens)}")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_settings import Settings, fail
 from torch import nn
+
+from .settings import Settings, fail
 
 _KEYS = {"model", "optimizer", "step", "settings"}
 

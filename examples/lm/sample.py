@@ -1,7 +1,8 @@
 """Text from a trained model, without a cache."""
 
 import torch
-from lm_model import LanguageModel, autocast
+
+from .model import LanguageModel, autocast
 
 
 @torch.inference_mode()
