@@ -44,7 +44,7 @@ __device__ __forceinline__ void last_block_resets(int slot, int blocks) {{
 
 
 @tilelang.jit(pass_configs=tile.OWN_BARRIERS, target=tile.TARGET)
-def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging):
+def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, skip_rescale):
     B, S_q, S_kv, H_q, H_kv = (T.dynamic(name) for name in ("B", "S_q", "S_kv", "H_q", "H_kv"))
     # A stride can pass 2^31 elements; a length can't
     strides = {t: (*(T.dynamic(f"{t}_stride_{d}", "int64") for d in "bsh"), 1) for t in "QKVO"}
@@ -138,7 +138,7 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging):
         T.wait_wgmma(0)
         if lead:
             T.mbarrier_arrive(bars.v_empty[before % stages])
-        tile.rescale_output(frags, ROWS, D)
+        tile.rescale_output(frags, ROWS, D, skip_rescale)
         T.copy(frags.S, frags.P)
 
     @T.macro

@@ -84,12 +84,16 @@ def online_softmax(frags, rows, block_N, scale_log2, first, masked):
 
 
 @T.macro
-def rescale_output(frags, rows, D):
-    """O *= rescale, left out by a warp none of whose rows has a new maximum: the same bits, and late in a row few do."""
-    grown = T.alloc_local([1], "int32")
-    grown[0] = 0
-    for i in T.Parallel(rows):
-        T.call_extern("handle", "gqa::note_growth", T.address_of(grown[0]), frags.rescale[i])
-    if T.call_extern("int32", "gqa::any_growth", grown[0]) != 0:
+def rescale_output(frags, rows, D, skip):
+    """O *= rescale; with `skip` left out by a warp none of whose rows has a new maximum: the same bits, and late in a row few do."""
+    if skip:
+        grown = T.alloc_local([1], "int32")
+        grown[0] = 0
+        for i in T.Parallel(rows):
+            T.call_extern("handle", "gqa::note_growth", T.address_of(grown[0]), frags.rescale[i])
+        if T.call_extern("int32", "gqa::any_growth", grown[0]) != 0:
+            for i, j in T.Parallel(rows, D):
+                frags.O[i, j] *= frags.rescale[i]
+    else:
         for i, j in T.Parallel(rows, D):
             frags.O[i, j] *= frags.rescale[i]
