@@ -63,11 +63,11 @@ def error_ratio(case: Case, op: str) -> float:
 
 
 def environment(commit: str | None) -> dict[str, object]:
-    def output(*command: str) -> str:
+    def output(*command: str) -> str | None:
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
-            return ""
+            return None
 
     try:
         from tilelang import __version__ as tilelang
@@ -75,10 +75,10 @@ def environment(commit: str | None) -> dict[str, object]:
         tilelang = None
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     software = {"driver": driver, "cuda": torch.version.cuda, "torch": torch.__version__, "tilelang": tilelang}
-    tree = {
-        "commit": commit or output("git", "rev-parse", "--short", "HEAD"),
-        "dirty": bool(output("git", "status", "--porcelain", "-uno")),
-    }
+    changes = output("git", "status", "--porcelain", "-uno")
+    # Outside a checkout nobody can tell
+    dirty = None if changes is None else bool(changes)
+    tree = {"commit": commit or output("git", "rev-parse", "--short", "HEAD"), "dirty": dirty}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"gpu": torch.cuda.get_device_name(), **software, **tree, "date": now}
 

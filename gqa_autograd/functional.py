@@ -42,9 +42,9 @@ def attention(
     Source: arXiv:2307.08691 algorithms 1 and 2; docs/maths/attention.md.
     """
     q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
-    if not needs_grad(q, k, v):
-        return ops.attention_fwd(q, k, v, *settings)
-    return _with_lse(q, k, v, settings)[0]
+    if needs_grad(q, k, v):
+        return _differentiable(q, k, v, settings)[0]
+    return ops.attention_fwd(q, k, v, *settings)
 
 
 def attention_with_lse(
@@ -67,7 +67,9 @@ def attention_with_lse(
     Source: arXiv:2307.08691 algorithm 1; docs/maths/attention.md.
     """
     q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
-    return _with_lse(q, k, v, settings)
+    if needs_grad(q, k, v):
+        return _differentiable(q, k, v, settings)
+    return ops.attention_fwd_lse(q, k, v, *settings)
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,9 +135,8 @@ def _requires_grad_below(t: Tensor) -> bool:
     return t.requires_grad
 
 
-def _with_lse(q: Tensor, k: Tensor, v: Tensor, settings: ops.Settings) -> tuple[Tensor, Tensor]:
-    if needs_grad(q, k, v):
-        ops.tiles(q, v, settings, backward=True)
-        if not torch.compiler.is_compiling():
-            return (ops.Attention if _transformed() else ops.EagerAttention).apply(q, k, v, *settings)
-    return ops.attention_fwd_lse(q, k, v, *settings)
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, settings: ops.Settings) -> tuple[Tensor, Tensor]:
+    ops.tiles(q, v, settings, backward=True)
+    if torch.compiler.is_compiling():
+        return ops.attention_fwd_lse(q, k, v, *settings)
+    return (ops.Attention if _transformed() else ops.EagerAttention).apply(q, k, v, *settings)

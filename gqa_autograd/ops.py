@@ -90,8 +90,7 @@ def _(q, k, v, *settings):
 @_attention_fwd.register_fake
 def _(q, k, v, *settings):
     s = _checked(q, k, v, settings)
-    if q.device.type == "cuda":
-        _cuda_forward(q, v, s)
+    tiles(q, v, s, backward=False)
     return meta.attention_fwd(q, k, v)
 
 
@@ -121,8 +120,7 @@ def _(q, k, v, *settings):
 @_attention_fwd_lse.register_fake
 def _(q, k, v, *settings):
     s = _checked(q, k, v, settings)
-    if q.device.type == "cuda":
-        _cuda_forward(q, v, s)
+    tiles(q, v, s, backward=False)
     return meta.attention_fwd_lse(q, k, v)
 
 

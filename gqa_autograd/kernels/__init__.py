@@ -1,1 +1,1 @@
-"""TileLang kernels for sm_90a. They know tensors, not autograd. config.py is plain data; the other files import tilelang."""
+"""TileLang kernels for sm_90a. They know tensors, not autograd. tile, forward and backward import tilelang, the rest does not."""

@@ -31,6 +31,11 @@ EXCHANGE = 4
 LINE = 256
 
 
+def dq_place(i, j, half):
+    """Element (i, j) of a warpgroup's [block_M, half] part of dQ -> its line and column in the float32 workspace."""
+    return i // 8 * (half // 32) + j // 32, j % 32 // 8 * 64 + i % 8 * 8 + j % 8
+
+
 @tilelang.jit(pass_configs=tile.OWN_BARRIERS, target=tile.TARGET)
 def build(dtype, D, causal, block_M, block_N, stages):
     B, S_q, S_kv, H_q, H_kv, S_pad, lines = (T.dynamic(name) for name in ("B", "S_q", "S_kv", "H_q", "H_kv", "S_pad", "lines"))
@@ -78,7 +83,7 @@ def build(dtype, D, causal, block_M, block_N, stages):
             frags.dP[i, j] = frags.P[i, j] * (frags.dP[i, j] - smem.delta_smem[stage, j])
         T.copy(frags.dP, frags.dS_16)
         T.wgmma_gemm(frags.P_16, smem.dO_smem[stage, :, :], frags.dV, policy=tile.FULL_ROW)
-        # Two dS buffers: this barrier also says that everyone's frags.dQ product of two turns ago is done
+        # Two dS buffers: this barrier also says that everyone's dQ product of two turns ago is done
         T.copy(frags.dS_16, smem.dS_smem[turn % 2, w * ROWS : (w + 1) * ROWS, :])
         T.fence_proxy_async()
         T.sync_threads(EXCHANGE, CONSUMERS)
@@ -97,7 +102,8 @@ def build(dtype, D, causal, block_M, block_N, stages):
         T.wait_wgmma(1)
         T.mbarrier_wait_parity(bars.dq_empty[w], (turn % 2) ^ 1)
         for i, j in T.Parallel(block_M, half):
-            smem.dQ_smem[w, i // 8 * (half // 32) + j // 32, j % 32 // 8 * 64 + i % 8 * 8 + j % 8] = frags.dQ[i, j]
+            line, column = dq_place(i, j, half)
+            smem.dQ_smem[w, line, column] = frags.dQ[i, j]
         T.fence_proxy_async()
         T.mbarrier_arrive(bars.dq_full[w])
         T.wait_wgmma(0)
@@ -328,8 +334,9 @@ def build_postprocess(D, dtype, block_M):
         with T.Kernel(H_q, T.ceildiv(S_q, block_M), B, threads=256) as (h, m, b):
             for i, j in T.Parallel(block_M, D):
                 if m * block_M + i < S_q:
-                    line = (m * 2 + j // half) * half_lines + i // 8 * (half // 32) + j % half // 32
-                    dQ[b, m * block_M + i, h, j] = T.cast(dQ_sum[b, h, line, j % 32 // 8 * 64 + i % 8 * 8 + j % 8] * scale, dtype)
+                    line, column = dq_place(i, j % half, half)
+                    part = (m * 2 + j // half) * half_lines
+                    dQ[b, m * block_M + i, h, j] = T.cast(dQ_sum[b, h, part + line, column] * scale, dtype)
 
     return attention_bwd_postprocess
 
