@@ -18,6 +18,10 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="every kernel configuration, case and schedule in the emulator: about an hour")
+
+
 def _hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 

@@ -24,6 +24,10 @@ class Factory:
         return object()
 
 
+def get(name, factory, configuration):
+    return build.kernel(build.Program(name, factory, (configuration,)))
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
@@ -36,7 +40,7 @@ def intervals(log) -> list[tuple[str, float, float]]:
 
 def test_threads_share_one_build(tmp_path):
     factory, found = Factory(tmp_path / "log"), []
-    threads = [threading.Thread(target=lambda: found.append(build.kernel("k", factory, "a"))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(get("k", factory, "a"))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -50,15 +54,15 @@ def test_threads_share_one_build(tmp_path):
 def test_a_configuration_is_part_of_the_key(tmp_path):
     """FA#2402, flashinfer#4014, tilelang#2662: A, then B, in one process."""
     factory = Factory(tmp_path / "log")
-    a, b, other = build.kernel("k", factory, "a"), build.kernel("k", factory, "b"), build.kernel("l", factory, "a")
+    a, b, other = get("k", factory, "a"), get("k", factory, "b"), get("l", factory, "a")
     assert len({id(a), id(b), id(other)}) == 3
-    assert build.kernel("k", factory, "a") is a
+    assert get("k", factory, "a") is a
     assert build.built() == 3
 
 
 def _build(log):
     build._kernels.clear()
-    build.kernel("k", Factory(log), "a")
+    get("k", Factory(log), "a")
 
 
 def test_processes_take_turns(tmp_path):
@@ -78,7 +82,7 @@ def test_processes_take_turns(tmp_path):
 def test_a_cache_folder_that_can_not_be_written_does_not_stop_a_build(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "file"))
-    assert build.kernel("k", Factory(tmp_path / "log"), "a") is not None
+    assert get("k", Factory(tmp_path / "log"), "a") is not None
 
 
 def test_a_failed_build_is_not_remembered(tmp_path):
@@ -87,6 +91,6 @@ def test_a_failed_build_is_not_remembered(tmp_path):
             raise RuntimeError("no compiler")
 
     with pytest.raises(RuntimeError, match="no compiler"):
-        build.kernel("k", Broken(), "a")
+        get("k", Broken(), "a")
     assert build.built() == 0
-    assert build.kernel("k", Factory(tmp_path / "log"), "a") is not None
+    assert get("k", Factory(tmp_path / "log"), "a") is not None

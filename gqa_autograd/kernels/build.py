@@ -7,22 +7,30 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _lock = threading.RLock()
 _kernels: dict[tuple, Any] = {}
 
 
-def kernel(name: str, factory: Any, *configuration) -> Any:
-    """The kernel `name` of `factory` (a @tilelang.jit function) for this configuration; compiled, or read from disk, at the first call."""
-    key = (name, configuration)
+class Program(NamedTuple):
+    """A kernel before it is compiled: `factory` is a @tilelang.jit function, `configuration` its arguments."""
+
+    name: str
+    factory: Any
+    configuration: tuple
+
+
+def kernel(program: Program) -> Any:
+    """The compiled kernel; compiled, or read from disk, at the first call."""
+    key = (program.name, program.configuration)
     found = _kernels.get(key)
     if found is None:
         with _lock:
             found = _kernels.get(key)
             if found is None:
-                with _one_process_at_a_time(f"{name}{configuration}"):
-                    found = factory.compile(*configuration)
+                with _one_process_at_a_time(f"{program.name}{program.configuration}"):
+                    found = program.factory.compile(*program.configuration)
                 _kernels[key] = found
     return found
 

@@ -16,7 +16,7 @@ from tilelang.layout import make_swizzled_layout
 from torch import Tensor
 
 from . import device, tile
-from .build import kernel
+from .build import Program, kernel
 from .config import Forward
 
 ROWS = 64
@@ -296,10 +296,15 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
     return attention_fwd
 
 
+def program(cfg: Forward, dtype: torch.dtype, return_lse: bool) -> Program:
+    """The kernel of a configuration."""
+    return Program("attention_fwd", build, (str(dtype).removeprefix("torch."), return_lse, *cfg))
+
+
 @functools.cache
 def compiled(cfg: Forward, dtype: torch.dtype, return_lse: bool):
-    """The kernel of a configuration, built at its first use."""
-    return kernel("attention_fwd", build, str(dtype).removeprefix("torch."), return_lse, *cfg)
+    """The same, built at its first use."""
+    return kernel(program(cfg, dtype, return_lse))
 
 
 def launch(cfg: Forward, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scale: float) -> None:

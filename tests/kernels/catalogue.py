@@ -1,0 +1,72 @@
+"""Every kernel that `config` offers, by a readable name, and the code that TileLang generates for it."""
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from gqa_autograd.kernels import config
+from hopper_emulator import Code, lower
+from hopper_emulator.build import cache_folder
+
+DTYPES = (torch.bfloat16, torch.float16)
+KERNELS = Path(config.__file__).parent
+
+
+class Entry(NamedTuple):
+    """One kernel: family (forward, backward, preprocess, postprocess), tile, dtype, and whether it has the family's option (LSE, dLSE)."""
+
+    family: str
+    tile: config.Forward | config.Backward
+    dtype: torch.dtype
+    option: bool
+
+    @property
+    def program(self):
+        from gqa_autograd.kernels import backward, forward
+
+        if self.family == "forward":
+            return forward.program(self.tile, self.dtype, self.option)
+        return backward.programs(self.tile, self.dtype, self.option)[("preprocess", "backward", "postprocess").index(self.family)]
+
+    def __str__(self) -> str:
+        mask = {"forward": "-causal", "backward": "-causal"} if self.tile.causal else {"forward": "-full", "backward": "-full"}
+        option = {"forward": "-lse", "preprocess": "-dlse"}.get(self.family, "") if self.option else ""
+        return f"{self.family}-d{self.tile.D}{mask.get(self.family, '')}-{str(self.dtype).removeprefix('torch.')}{option}"
+
+
+def entries() -> dict[str, Entry]:
+    """All of them, each once: what doesn't depend on the mask is listed for one mask."""
+    found = [Entry("forward", tile, dtype, lse) for tile in config.FORWARD.values() for dtype in DTYPES for lse in (False, True)]
+    for tile in config.BACKWARD.values():
+        for dtype in DTYPES:
+            found += [Entry("backward", tile, dtype, False), Entry("postprocess", tile, dtype, False)]
+            found += [Entry("preprocess", tile, dtype, dlse) for dlse in (False, True)]
+    return {str(entry): entry for entry in found}
+
+
+@functools.cache
+def _sources() -> str:
+    import tilelang
+
+    files = sorted(KERNELS.glob("*.py"))
+    return hashlib.sha256("".join([tilelang.__version__, *(file.read_text(encoding="utf-8") for file in files)]).encode()).hexdigest()
+
+
+@functools.cache
+def code(entry: Entry) -> Code:
+    """Lowered once per state of the kernels' sources, since lowering takes seconds: the gates and the emulator share it."""
+    file = cache_folder() / f"code-{hashlib.sha256(f'{entry}{entry.tile}{_sources()}'.encode()).hexdigest()[:16]}.json"
+    if file.exists():
+        return Code(**json.loads(file.read_text(encoding="utf-8")))
+    program = entry.program
+    made = lower(program.factory, *program.configuration)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(made._asdict()), encoding="utf-8")
+    aside.rename(file)
+    return made

@@ -1,0 +1,125 @@
+"""The kernels' own launch functions on CPU tensors, with the emulator in place of the GPU."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import catalogue
+import torch
+from catalogue import Entry
+from torch import Tensor
+
+from gqa_autograd import meta, testing
+from gqa_autograd.kernels import backward, device, forward
+from gqa_autograd.testing import Case, Result
+from hopper_emulator import Code, Emulator
+
+# tile.PRELUDE: an arrival that is never taken, there to keep the compiler from moving a wait
+PTX = {"{ .reg .pred p; setp.gt.f32 p, %0, 0f7E967699; @p bar.arrive 15, 256; }": "if ({0} > 1e38f) emu::named_arrive(15, 256);"}
+
+
+class Machine(NamedTuple):
+    """What the launch code sees of the device, and the order in which things happen on it."""
+
+    schedule: str | int = "eager"
+    multiprocessors: int = 3
+    # The tile counter of the stream; -1 while a graph is captured
+    slot: int = 0
+
+
+@functools.cache
+def emulator(entry: Entry) -> Emulator:
+    return Emulator(catalogue.code(entry), PTX)
+
+
+def patched(entry: Entry, patch: Callable[[str], str]) -> Emulator:
+    """The kernel with another CUDA text."""
+    code = catalogue.code(entry)
+    return Emulator(Code(patch(code.device), code.host), PTX)
+
+
+@contextlib.contextmanager
+def emulated(machine: Machine, others: dict[Entry, Emulator] | None = None, check_order: bool = True) -> Iterator[None]:
+    """`launch` runs the emulator instead of compiled kernels; `others` stand in for some of them."""
+
+    def run(entry: Entry) -> Callable[..., None]:
+        chosen = (others or {}).get(entry) or emulator(entry)
+        return functools.partial(chosen, schedule=machine.schedule, check_order=check_order)
+
+    def backward_kernels(cfg, dtype, has_dlse):
+        options = {"preprocess": has_dlse}
+        return tuple(run(_listed(Entry(f, cfg, dtype, options.get(f, False)))) for f in ("preprocess", "backward", "postprocess"))
+
+    facts = {
+        "require_hopper": lambda function, device: None,
+        "multiprocessors": lambda device: machine.multiprocessors,
+        "l2_bytes": lambda device: 2**16,
+        "current": lambda device: contextlib.nullcontext(),
+        "slot": lambda device: machine.slot,
+    }
+    with (
+        mock.patch.multiple(device, **facts),
+        mock.patch.object(forward, "compiled", lambda cfg, dtype, lse: run(Entry("forward", cfg, dtype, lse))),
+        mock.patch.object(backward, "compiled", backward_kernels),
+        mock.patch.object(backward, "_workspace", _poisoned_workspace(backward._workspace)),
+    ):
+        yield
+
+
+def _listed(entry: Entry) -> Entry:
+    """The catalogue's own entry for a kernel that doesn't depend on the mask."""
+    return catalogue.entries()[str(entry)]
+
+
+def _poisoned_workspace(original: Callable) -> Callable:
+    def workspace(*arguments):
+        made = original(*arguments)
+        for t in made:
+            t.fill_(math.nan)
+        return made
+
+    return workspace
+
+
+def attend(tile, q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """out and lse, NaN where nothing was written; without return_lse, lse stays NaN."""
+    out, lse = (t.fill_(math.nan) for t in meta.attention_fwd_lse(q, k, v))
+    forward.launch(tile, q, k, v, out, lse if return_lse else None, scale)
+    return out, lse
+
+
+def differentiate(tile, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scale: float) -> tuple:
+    gradients = tuple(t.fill_(math.nan) for t in meta.attention_bwd(q, k, v))
+    backward.launch(tile, do, q, k, v, out, lse, dlse, *gradients, scale)
+    return gradients
+
+
+@functools.cache
+def truth(case: Case, with_dlse: bool) -> tuple[tuple[Tensor, ...], Tensor | None, Result, Result]:
+    """The tensors of a case, and what plain PyTorch and float64 say about it."""
+    tensors = testing.make(case, seed=1)
+    q = tensors[0]
+    dlse = torch.randn(q.shape[0], q.shape[2], q.shape[1], generator=torch.Generator().manual_seed(2)) if with_dlse else None
+    return tensors, dlse, testing.plain(case, *tensors, dlse), testing.exact(case, *tensors, dlse)
+
+
+@torch.no_grad()
+def check_forward(entry: Entry, case: Case) -> None:
+    """Inside `emulated`: out, and lse where the kernel has it, by the closeness rule."""
+    (q, k, v, _), _, plain, exact = truth(case, False)
+    out, lse = attend(entry.tile, q, k, v, case.formula[2], entry.option)
+    testing.assert_no_worse(out, plain.out, exact.out, "out")
+    if entry.option:
+        testing.assert_lse(lse, exact.lse)
+
+
+@torch.no_grad()
+def check_backward(entry: Entry, case: Case, with_dlse: bool) -> None:
+    """Inside `emulated`: dq, dk and dv by the closeness rule, from an out and lse of the right precision."""
+    (q, k, v, do), dlse, plain, exact = truth(case, with_dlse)
+    ours = differentiate(entry.tile, do, q, k, v, exact.out.to(q.dtype), exact.lse.float(), dlse, case.formula[2])
+    for name, gradient in zip(("dq", "dk", "dv"), ours, strict=True):
+        testing.assert_no_worse(gradient, getattr(plain, name), getattr(exact, name), name)
