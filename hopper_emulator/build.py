@@ -148,7 +148,7 @@ def _unknown(errors: str, kernel: str) -> Unknown | None:
 
 @functools.cache
 def _runtime_digest() -> str:
-    return _digest(CXX, *KERNEL, *(file.read_text() for file in sorted(RUNTIME.iterdir())))
+    return _digest(CXX, *(file.read_text() for file in (Path(__file__), *sorted(RUNTIME.iterdir()))))
 
 
 def _digest(*texts: str) -> str:

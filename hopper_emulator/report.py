@@ -61,8 +61,11 @@ class Names:
 
     def shared(self, offset: int) -> str:
         """The buffer that a byte of dynamic shared memory lies in, by the declarations at the head of the kernel."""
-        heads = re.findall(r"void\* (\w+) = \(\(void\*\)\(\(char\*\)buf_dyn_shmem \+ (\d+)\)\);", "\n".join(self.source))
-        below = [(int(start), name) for name, start in heads if int(start) <= offset]
+        text = "\n".join(self.source)
+        heads = re.findall(r"void\* (\w+) = \(\(void\*\)\(\(char\*\)buf_dyn_shmem \+ (\d+)\)\);", text)
+        # A single buffer is declared as the whole
+        alone = re.findall(r"\* const (\w+) = reinterpret_cast<\w+\*>\(tl::buf_dyn_shmem\);", text) if not heads else []
+        below = [(int(start), name) for name, start in [*heads, *((name, 0) for name in alone)] if int(start) <= offset]
         if not below:
             return f"shared memory + {offset}"
         start, name = max(below)

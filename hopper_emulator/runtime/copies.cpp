@@ -55,8 +55,10 @@ void land(Load& load) {
   int bytes = 0;
   each_piece(load.map, load.shared, load.at, [&](uint32_t to, const char* from, int size) {
     unsigned char* place = shared_at(to);
-    if (from) memcpy(place, from, size);
-    else memset(place, load.map.fill_nan ? 0xff : 0, size);
+    if (from)
+      memcpy(place, from, size);
+    else
+      memset(place, load.map.fill_nan ? 0xff : 0, size);
     bytes += size;
   });
   load.counted = bytes_landed(load.barrier, bytes, load.site);
@@ -75,8 +77,10 @@ void add_floats(char* to, const unsigned char* from, int bytes) {
 void carry_out(const Store& store) {
   each_piece(store.map, store.shared, store.at, [&](uint32_t from, char* to, int bytes) {
     if (!to) return;
-    if (store.add) add_floats(to, shared_at(from), bytes);
-    else memcpy(to, shared_at(from), bytes);
+    if (store.add)
+      add_floats(to, shared_at(from), bytes);
+    else
+      memcpy(to, shared_at(from), bytes);
   });
 }
 
@@ -139,7 +143,8 @@ struct GroupsDone : Condition {
   std::vector<bool>& done;
   uint32_t first, until;
   const char* what;
-  GroupsDone(std::vector<bool>& done, uint32_t first, uint32_t until, const char* what) : done(done), first(first), until(until), what(what) {}
+  GroupsDone(std::vector<bool>& done, uint32_t first, uint32_t until, const char* what)
+      : done(done), first(first), until(until), what(what) {}
   bool ready() override {
     for (uint32_t g = first; g < until; g++)
       if (!done[g]) return false;
@@ -210,7 +215,8 @@ void tma_store_wait(int but) {
 void copy_async(void* shared, const void* global, int bytes, bool valid) {
   Site site = EMU_SITE;
   size_t place = shared_offset(shared);
-  if (place == SIZE_MAX || place % bytes || reinterpret_cast<uintptr_t>(global) % bytes) fail("tma", site, "cp.async of %d bytes: an address is misaligned or not shared", bytes);
+  if (place == SIZE_MAX || place % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
+    fail("tma", site, "cp.async of %d bytes: an address is misaligned or not shared", bytes);
   async_write_begins(place, bytes, current(), Kind::copy, site);
   if (valid) check_global(global, bytes, site, "a cp.async");
   copiers[current()].open.push_back({place, valid ? static_cast<const char*>(global) : nullptr, bytes});
@@ -224,8 +230,10 @@ void copy_commit() {
   mine.done.push_back(false);
   enqueue([&mine, group] {
     for (const Copy& copy : mine.groups[group]) {
-      if (copy.global) memcpy(shared_at(copy.shared), copy.global, copy.bytes);
-      else memset(shared_at(copy.shared), 0, copy.bytes);
+      if (copy.global)
+        memcpy(shared_at(copy.shared), copy.global, copy.bytes);
+      else
+        memset(shared_at(copy.shared), 0, copy.bytes);
     }
     mine.done[group] = true;
   });
@@ -250,10 +258,12 @@ void check_copies_at_exit(int threads) {
   }
   for (auto& [thread, mine] : storers) {
     if (!mine.open.empty()) fail("unwaited", mine.open[0].site, "thread %d never commits this TMA store", thread);
-    if (mine.waited < mine.committed) fail("store source", nullptr, "the block ends, but thread %d has not waited until its TMA stores have read their source", thread);
+    if (mine.waited < mine.committed)
+      fail("store source", nullptr, "the block ends, but thread %d has not waited until its TMA stores have read their source", thread);
   }
   for (auto& [thread, mine] : copiers)
-    if (!mine.open.empty() || mine.waited < mine.groups.size()) fail("unwaited", nullptr, "the block ends and thread %d has not waited for its cp.async", thread);
+    if (!mine.open.empty() || mine.waited < mine.groups.size())
+      fail("unwaited", nullptr, "the block ends and thread %d has not waited for its cp.async", thread);
 }
 
 }  // namespace emu

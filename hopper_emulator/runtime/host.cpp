@@ -80,6 +80,11 @@ int launch_kernel(const Entry& entry, const TVMFFIAny* arguments, int n) {
   if (launch.shared_bytes > SHARED_LIMIT)
     return refuse("the launch asks for %lld bytes of shared memory, a Hopper block has 232448", launch.shared_bytes);
   if (threads % 32 || threads > MAX_THREADS) return refuse("a block of %lld threads: a multiple of 32 up to 1024 is needed", threads);
+  for (int d = 0; d < 3; d++) {
+    const int64_t most = d == 0 ? INT32_MAX : 65535;
+    if (size[d] < 1 || size[d] > most)
+      return refuse("a grid dimension of %lld: CUDA wants 1 to 2^31 - 1 in x, to 65535 in y and z", size[d]);
+  }
   if (size[4] != 1 || size[5] != 1) return refuse("the emulator doesn't know blocks of several dimensions (%lld)", size[4]);
   launch.registers = std::min(255, REGISTER_FILE / (threads * entry.facts->blocks_per_sm)) / 8 * 8;
   seed_schedule(run_seed);

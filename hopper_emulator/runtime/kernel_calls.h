@@ -20,6 +20,8 @@ void set_registers(int wanted, bool more);
 
 void tma_load(const void* map, const void* barrier, void* shared, const int64_t* at, int rank);
 void tma_store(const void* map, const void* shared, const int64_t* at, int rank, bool add);
+void bulk_load(void* shared, const void* global, const void* barrier, uint32_t bytes);
+void bulk_store(void* global, const void* shared, uint32_t bytes, bool add);
 void tma_store_commit();
 void tma_store_wait(int but);
 void copy_async(void* shared, const void* global, int bytes, bool valid);

@@ -7,8 +7,11 @@
 namespace emu {
 namespace {
 
-// Of matrix `m`, this lane's register holds elements (row, column) and (row, column + 1), or, transposed, (column, row) and (column + 1, row)
-struct Element16 { int row, column; };
+// Of matrix `m`, this lane's register holds elements (row, column) and (row, column + 1), or, transposed, (column, row) and (column + 1,
+// row)
+struct Element16 {
+  int row, column;
+};
 Element16 held(int half, bool transposed) {
   int lane = current() % 32, a = lane / 4, b = lane % 4 * 2 + half;
   return transposed ? Element16{b, a} : Element16{a, b};

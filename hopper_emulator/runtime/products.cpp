@@ -11,7 +11,10 @@ namespace {
 
 constexpr int GROUP = 128, M = 64, K = 16, MAX_N = 256;
 
-struct Issued { Product product; Site site; };
+struct Issued {
+  Product product;
+  Site site;
+};
 
 // Registers of a thread that belong to a wgmma until the thread has waited for its batch
 struct Busy {
@@ -23,7 +26,7 @@ struct Busy {
 
 struct Warpgroup {
   std::vector<Busy> busy[GROUP];
-  std::vector<Issued> open[GROUP];               // issued, not committed, by thread
+  std::vector<Issued> open[GROUP];                 // issued, not committed, by thread
   std::deque<std::vector<Issued>> batches[GROUP];  // committed, not run
   uint32_t committed[GROUP];
   std::deque<Knowledge> known;  // what all threads knew when they committed a batch; its front is that of batch `first_known`
@@ -72,7 +75,8 @@ struct Layout {
   int run() const { return transposed ? std::min<int>(8, line / 2) : 8; }
 };
 
-template <class F> void each_run(uint64_t descriptor, bool transposed, int rows, F visit) {
+template <class F>
+void each_run(uint64_t descriptor, bool transposed, int rows, F visit) {
   Layout layout(descriptor, transposed);
   int run = layout.run();
   if (!transposed)
@@ -84,7 +88,8 @@ template <class F> void each_run(uint64_t descriptor, bool transposed, int rows,
 }
 
 void check_operand(uint64_t descriptor, bool transposed, int rows, const Knowledge& known, Agent agent, uint32_t count, Site site) {
-  each_run(descriptor, transposed, rows, [&](uint32_t at, int, int, int run) { async_read(at, run * 2, known, agent, count, site, "a wgmma"); });
+  each_run(descriptor, transposed, rows,
+           [&](uint32_t at, int, int, int run) { async_read(at, run * 2, known, agent, count, site, "a wgmma"); });
 }
 
 void gather(uint64_t descriptor, bool transposed, int rows, Element element, float* out, int row_step, int k_step) {
@@ -175,7 +180,9 @@ struct BatchesRun : Condition {
   uint32_t until;
   BatchesRun(Warpgroup& group, uint32_t until) : group(group), until(until) {}
   bool ready() override { return group.run >= until; }
-  std::string text() override { return group.complete < until ? "waits for wgmma that not all of its warpgroup committed" : "waits for wgmma"; }
+  std::string text() override {
+    return group.complete < until ? "waits for wgmma that not all of its warpgroup committed" : "waits for wgmma";
+  }
 };
 
 }  // namespace
