@@ -2,6 +2,9 @@
 
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
 import json
 import os
 from pathlib import Path
@@ -49,18 +52,21 @@ def entries() -> dict[str, Entry]:
     return {str(entry): entry for entry in found}
 
 
-@functools.cache
 def _sources() -> str:
-    import tilelang
+    """The text that the code depends on: the kernels' files, TileLang's version, and how we lower."""
+    files = [*sorted(KERNELS.glob("*.py")), Path(inspect.getfile(lower))]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    return hashlib.sha256(f"{importlib.metadata.version('tilelang')}{text}".encode()).hexdigest()
 
-    files = sorted(KERNELS.glob("*.py"))
-    return hashlib.sha256("".join([tilelang.__version__, *(file.read_text(encoding="utf-8") for file in files)]).encode()).hexdigest()
+
+# Read with the modules themselves: a file edited later is not what this process lowers
+SOURCES = _sources() if importlib.util.find_spec("tilelang") else ""
 
 
 @functools.cache
 def code(entry: Entry) -> Code:
     """Lowered once per state of the kernels' sources, since lowering takes seconds: the gates and the emulator share it."""
-    file = cache_folder() / f"code-{hashlib.sha256(f'{entry}{entry.tile}{_sources()}'.encode()).hexdigest()[:16]}.json"
+    file = cache_folder() / f"code-{hashlib.sha256(f'{entry}{entry.tile}{SOURCES}'.encode()).hexdigest()[:16]}.json"
     if file.exists():
         return Code(**json.loads(file.read_text(encoding="utf-8")))
     program = entry.program
