@@ -134,7 +134,7 @@ def main() -> int:
     dtype = getattr(torch, args.dtype)
     for op in args.ops:
         for case in (dataclasses.replace(case, dtype=dtype) for group in args.cases for case in cases.SETS[group]):
-            if op == "backward" and case.D not in config.D_BACKWARD:
+            if op == "backward" and (case.D, case.D) not in config.D_BACKWARD:
                 print(f"{op} {case}: no kernel of ours, no row")
                 continue
             measured = rows(case, op, ["ours", *args.against], args, common)

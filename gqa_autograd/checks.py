@@ -63,6 +63,24 @@ def window(function: str, causal: bool, window: Sequence[int]) -> tuple[int, int
 
 def attention(function: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float) -> None:
     """q [B, S_q, H_q, D]; k [B, S_kv, H_kv, D]; v [B, S_kv, H_kv, D_v]; one dtype, one device; H_q a multiple of H_kv."""
+    if not _plainly_right(q, k, v):
+        _tensors_fit(function, q, k, v)
+    _numbers(function, scale, softcap)
+
+
+def _plainly_right(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """The same rules in one go, for an ordinary call that keeps them; whatever is not an ordinary call is looked at one by one."""
+    if not (type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == 4):
+        return False
+    if not (q.dtype is k.dtype is v.dtype and q.device == k.device == v.device):
+        return False
+    B, _, H_q, D = q.shape
+    B_k, S_kv, H_kv, D_k = k.shape
+    fit = v.shape[:3] == (B, S_kv, H_kv) and (B_k, D_k) == (B, D) and H_kv > 0 and D > 0 and H_q % H_kv == 0
+    return fit and q.dtype in (CUDA_DTYPES if q.is_cuda else CPU_DTYPES)
+
+
+def _tensors_fit(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(f"{function}: {name} must have 4 dimensions [B, S, H, D], got shape {tuple(t.shape)}")
@@ -82,7 +100,6 @@ def attention(function: str, q: Tensor, k: Tensor, v: Tensor, scale: float | Non
     _size(H_kv > 0, lambda: f"{function}: H_kv must be at least 1, got H_kv={H_kv}")
     _size(D > 0, lambda: f"{function}: D must be at least 1, got D={D}")
     _size(H_q % H_kv == 0, lambda: f"{function}: H_q must be a multiple of H_kv, got H_q={H_q}, H_kv={H_kv}")
-    _numbers(function, scale, softcap)
 
 
 def _dtype(function: str, q: Tensor) -> None:

@@ -44,7 +44,7 @@ def attention(
     q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
     if needs_grad(q, k, v):
         return _differentiable(q, k, v, settings)[0]
-    return ops.attention_fwd(q, k, v, *settings)
+    return ops.run(ops.attention_fwd, q, k, v, *settings)
 
 
 def attention_with_lse(
@@ -69,7 +69,7 @@ def attention_with_lse(
     q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
     if needs_grad(q, k, v):
         return _differentiable(q, k, v, settings)
-    return ops.attention_fwd_lse(q, k, v, *settings)
+    return ops.run(ops.attention_fwd_lse, q, k, v, *settings)
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

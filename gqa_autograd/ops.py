@@ -1,14 +1,15 @@
 """The operators gqa_autograd::attention_fwd, attention_fwd_lse and attention_bwd: schema, body per device, derivative, registrations.
 
 The body on a CPU is the definition in `reference`; on CUDA it is a TileLang kernel. Neither stands in for the other. Why two forward
-operators of fixed arity, and why the checks stand in here: docs/design/0001-operators.md.
+operators of fixed arity, why the checks stand in here, and why not custom_op: docs/design/0001-operators.md.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import Library, register_autograd, register_fake, register_vmap
 
 from . import checks, flops, meta
 from .reference import attention as reference
@@ -24,9 +25,45 @@ class Settings(NamedTuple):
     deterministic: bool = False
 
 
+_LIBRARY = Library("gqa_autograd", "DEF")
 _SETTINGS = "int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, bool deterministic=False"
 _FWD = f"(Tensor q, Tensor k, Tensor v, {_SETTINGS})"
 _BWD = f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, {_SETTINGS})"
+_SCHEMAS = {
+    "attention_fwd": f"{_FWD} -> Tensor",
+    "attention_fwd_lse": f"{_FWD} -> (Tensor, Tensor)",
+    "attention_bwd": f"{_BWD} -> (Tensor, Tensor, Tensor)",
+}
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+attention_fwd = torch.ops.gqa_autograd.attention_fwd.default
+attention_fwd_lse = torch.ops.gqa_autograd.attention_fwd_lse.default
+attention_bwd = torch.ops.gqa_autograd.attention_bwd.default
+
+# For selective checkpoint policies of torch.utils.checkpoint: keep these results, recompute the rest
+SAVE_OPS = (attention_fwd, attention_fwd_lse)
+
+
+def _body(operator, device: str):
+    """Registers a function as the body of an operator on a device."""
+
+    def register(function):
+        _LIBRARY.impl(operator, function, device)
+        return function
+
+    return register
+
+
+def _fake(operator):
+    return lambda function: register_fake(operator, function, lib=_LIBRARY)
+
+
+def run(operator, *args):
+    """The operator where no gradient is to be recorded. In eager it then skips its Autograd kernel, which is 20 µs of Python."""
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def _scale(q: Tensor, s: Settings) -> float:
@@ -46,17 +83,27 @@ def _checked_bwd(do, q, k, v, out, lse, dlse, settings: tuple) -> Settings:
     return checked
 
 
-def _cuda_forward(q: Tensor, v: Tensor, s: Settings):
-    """The tile a CUDA call uses; NotImplementedError, also while tracing, if no kernel computes it."""
+@functools.cache
+def _config():
     from .kernels import config
 
-    return config.forward("attention", q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap)
+    return config
+
+
+@functools.cache
+def _forward():
+    from .kernels import forward
+
+    return forward
+
+
+def _cuda_forward(q: Tensor, v: Tensor, s: Settings):
+    """The tile a CUDA call uses; NotImplementedError, also while tracing, if no kernel computes it."""
+    return _config().forward("attention", q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap)
 
 
 def _cuda_backward(function: str, q: Tensor, v: Tensor, s: Settings):
-    from .kernels import config
-
-    return config.backward(function, q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap, s.deterministic)
+    return _config().backward(function, q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap, s.deterministic)
 
 
 def tiles(q: Tensor, v: Tensor, s: Settings, backward: bool) -> tuple:
@@ -68,26 +115,24 @@ def tiles(q: Tensor, v: Tensor, s: Settings, backward: bool) -> tuple:
 
 
 # --- forward without LSE: nobody will ask for a gradient ---
-@custom_op("gqa_autograd::attention_fwd", mutates_args=(), device_types="cpu", schema=f"{_FWD} -> Tensor")
-def _attention_fwd(q, k, v, *settings):
+@_body(attention_fwd, "CPU")
+def _(q, k, v, *settings):
     s = _checked(q, k, v, settings)
     return meta.attention_fwd(q, k, v).copy_(
         reference.attention_fwd_lse(q, k, v, s.window_left, s.window_right, _scale(q, s), s.softcap)[0]
     )
 
 
-@_attention_fwd.register_kernel("cuda")
+@_body(attention_fwd, "CUDA")
 def _(q, k, v, *settings):
-    from .kernels import forward
-
     s = _checked(q, k, v, settings)
     tile = _cuda_forward(q, v, s)
     out = meta.attention_fwd(q, k, v)
-    forward.launch(tile, q, k, v, out, None, _scale(q, s))
+    _forward().launch(tile, q, k, v, out, None, _scale(q, s), (s.window_left, s.window_right), s.softcap)
     return out
 
 
-@_attention_fwd.register_fake
+@_fake(attention_fwd)
 def _(q, k, v, *settings):
     s = _checked(q, k, v, settings)
     tiles(q, v, s, backward=False)
@@ -95,8 +140,8 @@ def _(q, k, v, *settings):
 
 
 # --- forward with LSE: a backward will come, or the caller wants it ---
-@custom_op("gqa_autograd::attention_fwd_lse", mutates_args=(), device_types="cpu", schema=f"{_FWD} -> (Tensor, Tensor)")
-def _attention_fwd_lse(q, k, v, *settings):
+@_body(attention_fwd_lse, "CPU")
+def _(q, k, v, *settings):
     s = _checked(q, k, v, settings)
     out, lse = meta.attention_fwd_lse(q, k, v)
     for output, value in zip(
@@ -106,18 +151,16 @@ def _attention_fwd_lse(q, k, v, *settings):
     return out, lse
 
 
-@_attention_fwd_lse.register_kernel("cuda")
+@_body(attention_fwd_lse, "CUDA")
 def _(q, k, v, *settings):
-    from .kernels import forward
-
     s = _checked(q, k, v, settings)
     tile = _cuda_forward(q, v, s)
     out, lse = meta.attention_fwd_lse(q, k, v)
-    forward.launch(tile, q, k, v, out, lse, _scale(q, s))
+    _forward().launch(tile, q, k, v, out, lse, _scale(q, s), (s.window_left, s.window_right), s.softcap)
     return out, lse
 
 
-@_attention_fwd_lse.register_fake
+@_fake(attention_fwd_lse)
 def _(q, k, v, *settings):
     s = _checked(q, k, v, settings)
     tiles(q, v, s, backward=False)
@@ -125,8 +168,8 @@ def _(q, k, v, *settings):
 
 
 # --- backward: out and lse may be those of a longer attention, so that a ring can call it block by block ---
-@custom_op("gqa_autograd::attention_bwd", mutates_args=(), device_types="cpu", schema=f"{_BWD} -> (Tensor, Tensor, Tensor)")
-def _attention_bwd(do, q, k, v, out, lse, dlse, *settings):
+@_body(attention_bwd, "CPU")
+def _(do, q, k, v, out, lse, dlse, *settings):
     s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
     dq, dk, dv = meta.attention_bwd(q, k, v)
     for output, value in zip(
@@ -138,7 +181,7 @@ def _attention_bwd(do, q, k, v, out, lse, dlse, *settings):
     return dq, dk, dv
 
 
-@_attention_bwd.register_kernel("cuda")
+@_body(attention_bwd, "CUDA")
 def _(do, q, k, v, out, lse, dlse, *settings):
     from .kernels import backward
 
@@ -149,20 +192,12 @@ def _(do, q, k, v, out, lse, dlse, *settings):
     return dq, dk, dv
 
 
-@_attention_bwd.register_fake
+@_fake(attention_bwd)
 def _(do, q, k, v, out, lse, dlse, *settings):
     s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
     if q.device.type == "cuda":
         _cuda_backward("attention_bwd", q, v, s)
     return meta.attention_bwd(q, k, v)
-
-
-attention_fwd = torch.ops.gqa_autograd.attention_fwd.default
-attention_fwd_lse = torch.ops.gqa_autograd.attention_fwd_lse.default
-attention_bwd = torch.ops.gqa_autograd.attention_bwd.default
-
-# For selective checkpoint policies of torch.utils.checkpoint: keep these results, recompute the rest
-SAVE_OPS = (attention_fwd, attention_fwd_lse)
 
 
 # --- the derivative ---
@@ -190,7 +225,7 @@ class Attention(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(out)
         # With create_graph, as torch.func always has it, the gradient itself meets autograd and functorch: they need a Function
-        gradient = AttentionGradient.apply if torch.is_grad_enabled() else attention_bwd
+        gradient = AttentionGradient.apply if torch.is_grad_enabled() else functools.partial(run, attention_bwd)
         return *gradient(do, q, k, v, out, lse, dlse, *ctx.settings), *no_gradient
 
     @staticmethod
@@ -203,7 +238,7 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, *settings):
-        outputs = attention_fwd_lse(q, k, v, *settings)
+        outputs = run(attention_fwd_lse, q, k, v, *settings)
         Attention.setup_context(ctx, (q, k, v, *settings), outputs)
         return outputs
 
@@ -262,10 +297,11 @@ def _fold_into_batch(function):
     return rule
 
 
-_attention_fwd.register_autograd(_backward_without_lse, setup_context=_setup_without_lse)
-_attention_fwd_lse.register_autograd(Attention.backward, setup_context=Attention.setup_context)
-_attention_bwd.register_autograd(AttentionGradient.backward)
-_attention_fwd.register_vmap(_fold_into_batch(attention_fwd))
-_attention_fwd_lse.register_vmap(_fold_into_batch(attention_fwd_lse))
-_attention_bwd.register_vmap(_fold_into_batch(attention_bwd))
+for _operator, _backward, _setup in (
+    (attention_fwd, _backward_without_lse, _setup_without_lse),
+    (attention_fwd_lse, Attention.backward, Attention.setup_context),
+    (attention_bwd, AttentionGradient.backward, None),
+):
+    register_autograd(_operator, _backward, setup_context=_setup, lib=_LIBRARY)
+    register_vmap(_operator, _fold_into_batch(_operator), lib=_LIBRARY)
 flops.register([torch.ops.gqa_autograd.attention_fwd, torch.ops.gqa_autograd.attention_fwd_lse], [torch.ops.gqa_autograd.attention_bwd])

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,16 +11,15 @@ from . import checks, functional, ops
 
 
 class Support(NamedTuple):
-    """One row of `supported()`. A head size of None stands for any, D_v then for any too; else D_v is D."""
+    """One row of `supported()`. Head sizes are pairs (D, D_v); None stands for any. Of what the forward has, `backward` names the part that
+    gradients have too."""
 
     device: str
     dtypes: tuple[torch.dtype, ...]
-    D_forward: tuple[int, ...] | None
-    D_backward: tuple[int, ...] | None
-    causal: bool
-    window: bool
-    softcap: bool
-    deterministic_backward: bool
+    D_forward: tuple[tuple[int, int], ...] | None
+    D_backward: tuple[tuple[int, int], ...] | None
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
     body: str
 
 
@@ -39,6 +38,7 @@ class Explanation(NamedTuple):
 
 REFERENCE = "the definition in plain PyTorch"
 KERNEL = "TileLang kernels for sm_90a"
+FEATURES = ("causal", "window", "softcap", "deterministic")
 
 
 def supported() -> tuple[Support, ...]:
@@ -52,8 +52,8 @@ def supported() -> tuple[Support, ...]:
     from .kernels import config
 
     return (
-        Support("cpu", checks.CPU_DTYPES, None, None, True, True, True, True, REFERENCE),
-        Support("cuda (sm_90)", checks.CUDA_DTYPES, config.D_FORWARD, config.D_BACKWARD, True, False, False, False, KERNEL),
+        Support("cpu", checks.CPU_DTYPES, None, None, FEATURES, FEATURES, REFERENCE),
+        Support("cuda (sm_90)", checks.CUDA_DTYPES, config.D_FORWARD, config.D_BACKWARD, FEATURES, ("causal",), KERNEL),
     )
 
 
@@ -78,7 +78,10 @@ def warmup(
     D: int | Iterable[int] = 128,
     dtype: torch.dtype | Iterable[torch.dtype] = torch.bfloat16,
     *,
+    D_v: int | None = None,
     causal: bool | None = None,
+    window: bool = False,
+    softcap: bool = False,
     backward: bool = True,
     device: torch.device | str | int | None = None,
 ) -> int:
@@ -86,7 +89,9 @@ def warmup(
     capture, or in one process before the ranks of a job start.
 
     Args:
-        D: head size or sizes. dtype: float16, bfloat16 or both. causal: None for both masks. backward: also what training needs.
+        D: head size or sizes. dtype: float16, bfloat16 or both. D_v: the head size of v, that of q and k when None.
+        causal: None for both masks. window: the kernels for a sliding window instead. softcap: those with a softcap.
+        backward: also what training needs.
         device: a CUDA device: each kernel is launched there once, which a graph capture needs. None only builds; no GPU is needed.
     Returns: how many kernels this process has by now. They stay in TileLang's disk cache, TILELANG_CACHE_DIR.
     Raises: NotImplementedError for a configuration without a kernel; TypeError for a dtype; ImportError without tilelang.
@@ -95,42 +100,59 @@ def warmup(
 
     sizes = (D,) if isinstance(D, int) else tuple(D)
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
-    masks = (True, False) if causal is None else (causal,)
-    wanted = list(itertools.product(sizes, dtypes, masks))
+    # Any window has the same kernel: one key to the left is as good as any
+    masks: list[dict[str, Any]] = (
+        [{"window": (1, 0)}] if window else [{"causal": c} for c in ((True, False) if causal is None else (causal,))]
+    )
+    wanted = [
+        _Wanted((size, size if D_v is None else D_v), kind, {**mask, "softcap": 1.0 if softcap else 0.0}, backward)
+        for size, kind, mask in itertools.product(sizes, dtypes, masks)
+    ]
     for configuration in wanted:
-        _check(*configuration, backward)
+        _tiles(configuration)
     for configuration in wanted:
-        _build(*configuration, backward)
+        _build(configuration)
         if device is not None:
-            _launch(*configuration, backward, torch.device(device))
+            _launch(configuration, torch.device(device))
     return build.built()
 
 
-def _check(D: int, dtype: torch.dtype, causal: bool, backward: bool) -> None:
+class _Wanted(NamedTuple):
+    """What `warmup` is to build: sizes (D, D_v), dtype, the options of `attention`, and whether gradients are wanted."""
+
+    sizes: tuple[int, int]
+    dtype: torch.dtype
+    options: dict[str, Any]
+    backward: bool
+
+
+def _tiles(wanted: _Wanted) -> tuple:
+    """The tiles of the forward and, or None, of the backward; raises where there is none."""
     from .kernels import config
 
-    if dtype not in checks.CUDA_DTYPES:
-        raise TypeError(f"warmup: dtype must be float16 or bfloat16, got {str(dtype).removeprefix('torch.')}")
-    config.forward("warmup", D, D, -1, 0 if causal else -1, 0.0)
-    if backward:
-        config.backward("warmup", D, D, -1, 0 if causal else -1, 0.0, False)
+    if wanted.dtype not in checks.CUDA_DTYPES:
+        raise TypeError(f"warmup: dtype must be float16 or bfloat16, got {str(wanted.dtype).removeprefix('torch.')}")
+    left, right = checks.window("warmup", wanted.options.get("causal", False), wanted.options.get("window", (-1, -1)))
+    arguments = ("warmup", *wanted.sizes, left, right, wanted.options["softcap"])
+    return config.forward(*arguments), config.backward(*arguments, False) if wanted.backward else None
 
 
-def _build(D: int, dtype: torch.dtype, causal: bool, backward: bool) -> None:
+def _build(wanted: _Wanted) -> None:
     from .kernels import backward as backward_kernels
-    from .kernels import config
     from .kernels import forward as forward_kernels
 
+    forward, backward = _tiles(wanted)
     for return_lse in (False, True):
-        forward_kernels.compiled(config.FORWARD[D, causal], dtype, return_lse)
-    if backward:
-        backward_kernels.compiled(config.BACKWARD[D, causal], dtype, False)
+        forward_kernels.compiled(forward, wanted.dtype, return_lse)
+    if backward is not None:
+        backward_kernels.compiled(backward, wanted.dtype, False)
 
 
-def _launch(D: int, dtype: torch.dtype, causal: bool, backward: bool, device: torch.device) -> None:
-    q, k, v = (torch.zeros(1, 1, 1, D, dtype=dtype, device=device, requires_grad=backward) for _ in range(3))
+def _launch(wanted: _Wanted, device: torch.device) -> None:
+    D, D_v = wanted.sizes
+    q, k, v = (torch.zeros(1, 1, 1, size, dtype=wanted.dtype, device=device, requires_grad=wanted.backward) for size in (D, D, D_v))
     with torch.no_grad():
-        functional.attention(q, k, v, causal=causal)
-        functional.attention_with_lse(q, k, v, causal=causal)
-    if backward:
-        functional.attention(q, k, v, causal=causal).sum().backward()
+        functional.attention(q, k, v, **wanted.options)
+        functional.attention_with_lse(q, k, v, **wanted.options)
+    if wanted.backward:
+        functional.attention(q, k, v, **wanted.options).sum().backward()

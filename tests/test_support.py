@@ -23,14 +23,13 @@ def test_readme_lists_what_is_supported():
     """The rows of the README's table, cell by cell."""
     cpu, cuda = gqa_autograd.supported()
     short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-    sizes = lambda D: "any" if D is None else ", ".join(map(str, D))  # noqa: E731
-    yes = lambda flag: "yes" if flag else "no"  # noqa: E731
-    for row, name, deterministic in ((cpu, "CPU", "yes"), (cuda, "CUDA sm_90a", "forward only")):
+    size = lambda D, D_v: str(D) if D_v == D else f"{D}/{D_v}"  # noqa: E731
+    sizes = lambda pairs: "any" if pairs is None else ", ".join(size(*pair) for pair in pairs)  # noqa: E731
+    for row, name in ((cpu, "CPU"), (cuda, "CUDA sm_90a")):
+        assert row.forward == support.FEATURES
         cells = [name, ", ".join(map(short.get, row.dtypes)), sizes(row.D_forward), sizes(row.D_backward)]
-        cells += [yes(row.causal), yes(row.window), yes(row.softcap), deterministic]
+        cells += ["yes" if feature in row.backward else "forward only" for feature in support.FEATURES]
         assert f"| {' | '.join(cells)} |" in README
-    assert cpu.deterministic_backward
-    assert not cuda.deterministic_backward
 
 
 @pytest.mark.parametrize(
@@ -56,29 +55,36 @@ def test_explain_names_the_operators_that_run(requires_grad, return_lse, operato
     assert said.backward_tile is None
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("D", config.D_FORWARD)
-def test_explain_shows_the_tiles_of_a_cuda_call(D, causal):
+MASKS = {"causal": {"causal": True}, "full": {}, "window": {"window": (17, 4)}}
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("sizes", config.D_FORWARD, ids=str)
+def test_explain_shows_the_tiles_of_a_cuda_call(sizes, mask, softcap):
+    """Each size and each feature on its kernel, in the forward; none leaves the fast path."""
+    D, D_v = sizes
+    trained = sizes in config.D_BACKWARD and mask != "window" and softcap == 0
     with FakeTensorMode():
-        said = gqa_autograd.explain(*qkv(D, requires_grad=D in config.D_BACKWARD), causal=causal)
+        said = gqa_autograd.explain(*qkv(D, requires_grad=trained, D_v=D_v), softcap=softcap, **MASKS[mask])
     assert said.body == support.KERNEL
-    assert said.forward_tile == config.FORWARD[D, causal]
-    assert said.backward_tile == config.BACKWARD.get((D, causal))
+    assert said.forward_tile == config.FORWARD[D, D_v, mask, softcap > 0]
+    assert said.backward_tile == (config.BACKWARD[D, mask == "causal"] if trained else None)
     assert f"block_N={said.forward_tile.block_N}" in str(said)
 
 
 REFUSED = [
-    ({"softcap": 3.0}, {}, NotImplementedError, "attention: softcap on CUDA must be 0 (off), no kernel has it yet, got 3.0"),
+    ({"softcap": 3.0}, {}, NotImplementedError, "attention: softcap for gradients on CUDA must be 0 (off), no kernel has it yet, got 3.0"),
     (
         {"window": (3, 0)},
         {},
         NotImplementedError,
-        "attention: window on CUDA must be (-1, -1), or (-1, 0) as causal makes it, no kernel has",
+        "attention: window for gradients on CUDA must be (-1, -1), or (-1, 0) as causal makes it, no kernel has another yet, got (3, 0)",
     ),
-    ({"window": (-1, 2)}, {}, NotImplementedError, "got (-1, 2)"),
-    ({}, {"D": 96}, NotImplementedError, "attention: D on CUDA must be one of (64, 128, 256) and D_v equal to it, got D=96, D_v=96"),
-    ({}, {"D_v": 64}, NotImplementedError, "got D=128, D_v=64"),
-    ({}, {"D": 256}, NotImplementedError, "attention: D for gradients on CUDA must be one of (64, 128) and D_v equal to it, got D=256"),
+    ({"window": (-1, 2)}, {}, NotImplementedError, "got (-1, 2); the forward alone runs under torch.no_grad()"),
+    ({}, {"D": 80}, NotImplementedError, f"attention: (D, D_v) on CUDA must be one of {config.D_FORWARD}, got (80, 80)"),
+    ({}, {"D_v": 64}, NotImplementedError, "got (128, 64)"),
+    ({}, {"D": 96}, NotImplementedError, f"attention: (D, D_v) for gradients on CUDA must be one of {config.D_BACKWARD}, got (96, 96)"),
     ({"deterministic": True}, {}, NotImplementedError, "attention: deterministic must be False for gradients on CUDA"),
     (
         {},
@@ -117,10 +123,12 @@ def test_deterministic_mode_that_only_warns_does_not_refuse():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"D": 96}, NotImplementedError, "warmup: D on CUDA must be one of"),
-        ({"D": 256}, NotImplementedError, "warmup: D for gradients on CUDA must be one of"),
+        ({"D": 80}, NotImplementedError, "warmup: (D, D_v) on CUDA must be one of"),
+        ({"D": 256}, NotImplementedError, "warmup: (D, D_v) for gradients on CUDA must be one of"),
+        ({"D": 128, "window": True}, NotImplementedError, "warmup: window for gradients on CUDA"),
+        ({"D": 192, "D_v": 64, "backward": False}, NotImplementedError, "got (192, 64)"),
         ({"dtype": torch.float32}, TypeError, "warmup: dtype must be float16 or bfloat16, got float32"),
-        ({"D": (128, 77), "dtype": (torch.float16, torch.bfloat16)}, NotImplementedError, "got D=77"),
+        ({"D": (128, 77), "dtype": (torch.float16, torch.bfloat16)}, NotImplementedError, "got (77, 77)"),
     ],
     ids=str,
 )
@@ -137,7 +145,9 @@ def test_warmup_builds_every_configuration_once(monkeypatch):
     seen = []
     monkeypatch.setattr(support, "_build", lambda *configuration: seen.append(configuration))
     gqa_autograd.warmup((64, 128), (torch.float16, torch.bfloat16), backward=False)
-    assert len(seen) == len(set(seen)) == 8
+    assert len(seen) == len(set(map(str, seen))) == 8
     seen.clear()
     gqa_autograd.warmup(256, causal=True, backward=False)
-    assert len(seen) == 1
+    gqa_autograd.warmup(192, D_v=128, window=True, softcap=True, backward=False)
+    assert len(seen) == 2
+    assert support._tiles(*seen[1])[0] == config.FORWARD[192, 128, "window", True]

@@ -8,11 +8,14 @@ from typing import NamedTuple
 
 class Forward(NamedTuple):
     """Tile of the forward kernel: block_M queries (64 a consumer warpgroup) by block_N keys, K and V in a ring of `stages` buffers.
+    mask: "full", "causal" or "window", whose sides are run-time values.
     own_staging: the output leaves from shared memory of its own; without, from Q's, whose next load then waits for the store.
     skip_rescale: leave the output as it is where no maximum moved: the same bits, faster; at D 256 it would spill registers."""
 
     D: int
-    causal: bool
+    D_v: int
+    mask: str
+    softcap: bool
     block_M: int
     block_N: int
     stages: int
@@ -30,13 +33,22 @@ class Backward(NamedTuple):
     stages: int
 
 
+# (D, D_v): block_N for causal, for the full mask and for a window, then own_staging and skip_rescale
+_FORWARD = {
+    (64, 64): (128, 128, 128, True, True),
+    (96, 96): (128, 128, 128, True, True),
+    (128, 128): (128, 160, 128, True, True),
+    (192, 128): (112, 112, 112, True, True),
+    (192, 192): (112, 112, 112, False, False),
+    (256, 256): (80, 80, 64, False, False),
+}
+MASKS = ("causal", "full", "window")
 FORWARD = {
-    (64, True): Forward(64, True, 128, 128, 2, True, True),
-    (64, False): Forward(64, False, 128, 128, 2, True, True),
-    (128, True): Forward(128, True, 128, 128, 2, True, True),
-    (128, False): Forward(128, False, 128, 160, 2, True, True),
-    (256, True): Forward(256, True, 128, 80, 2, False, False),
-    (256, False): Forward(256, False, 128, 80, 2, False, False),
+    # Softcap needs registers of its own: it takes the smaller tile where the full mask has a larger one
+    (D, D_v, mask, softcap): Forward(D, D_v, mask, softcap, 128, min(sizes) if softcap else size, 2, own_staging, skip_rescale)
+    for (D, D_v), (*sizes, own_staging, skip_rescale) in _FORWARD.items()
+    for mask, size in zip(MASKS, sizes, strict=True)
+    for softcap in (False, True)
 }
 BACKWARD = {
     (64, True): Backward(64, True, 64, 128, 2),
@@ -44,41 +56,41 @@ BACKWARD = {
     (128, True): Backward(128, True, 64, 128, 2),
     (128, False): Backward(128, False, 64, 128, 2),
 }
-D_FORWARD = tuple(sorted({D for D, _ in FORWARD}))
-D_BACKWARD = tuple(sorted({D for D, _ in BACKWARD}))
+D_FORWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in FORWARD}))
+D_BACKWARD = tuple(sorted({(D, D) for D, _ in BACKWARD}))
 
 
-def _causal(function: str, window_left: int, window_right: int, softcap: float) -> bool:
-    """True for causal, False for full; no other mask has a kernel yet."""
-    if softcap != 0:
-        raise NotImplementedError(f"{function}: softcap on CUDA must be 0 (off), no kernel has it yet, got {softcap}")
-    if window_left != -1 or window_right not in (-1, 0):
-        raise NotImplementedError(
-            f"{function}: window on CUDA must be (-1, -1), or (-1, 0) as causal makes it, no kernel has another yet, "
-            f"got {(window_left, window_right)}"
-        )
-    return window_right == 0
+_KINDS = {(-1, -1): "full", (-1, 0): "causal"}
+
+
+def mask(window_left: int, window_right: int) -> str:
+    """The kind of mask that a window is: causal is the right side 0 and no left side."""
+    return _KINDS.get((window_left, window_right), "window")
 
 
 def forward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float) -> Forward:
     """The tile of a forward; NotImplementedError names what there is."""
-    causal = _causal(function, window_left, window_right, softcap)
-    # While tracing a size may be symbolic; a kernel's head size is a constant of the graph
-    D, D_v = int(D), int(D_v)
-    if D not in D_FORWARD or D_v != D:
-        raise NotImplementedError(f"{function}: D on CUDA must be one of {D_FORWARD} and D_v equal to it, got D={D}, D_v={D_v}")
-    return FORWARD[D, causal]
+    # While tracing a size may be symbolic; a kernel's head sizes are constants of the graph
+    tile = FORWARD.get((int(D), int(D_v), mask(window_left, window_right), softcap > 0))
+    if tile is None:
+        raise NotImplementedError(f"{function}: (D, D_v) on CUDA must be one of {D_FORWARD}, got {(int(D), int(D_v))}")
+    return tile
 
 
 def backward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float, deterministic: bool) -> Backward:
     """The tile of a backward; NotImplementedError names what there is."""
-    causal = _causal(function, window_left, window_right, softcap)
-    D, D_v = int(D), int(D_v)
-    if D not in D_BACKWARD or D_v != D:
+    rest = "; the forward alone runs under torch.no_grad()"
+    if softcap != 0:
+        raise NotImplementedError(f"{function}: softcap for gradients on CUDA must be 0 (off), no kernel has it yet, got {softcap}{rest}")
+    kind = mask(window_left, window_right)
+    if kind == "window":
         raise NotImplementedError(
-            f"{function}: D for gradients on CUDA must be one of {D_BACKWARD} and D_v equal to it, got D={D}, D_v={D_v}; "
-            "the forward alone runs under torch.no_grad()"
+            f"{function}: window for gradients on CUDA must be (-1, -1), or (-1, 0) as causal makes it, no kernel has another yet, "
+            f"got {(window_left, window_right)}{rest}"
         )
+    D, D_v = int(D), int(D_v)
+    if (D, D_v) not in D_BACKWARD:
+        raise NotImplementedError(f"{function}: (D, D_v) for gradients on CUDA must be one of {D_BACKWARD}, got {(D, D_v)}{rest}")
     if deterministic:
         raise NotImplementedError(f"{function}: deterministic must be False for gradients on CUDA, dq is summed by atomics, got True")
-    return BACKWARD[D, causal]
+    return BACKWARD[D, kind == "causal"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import warnings
 
 import torch
@@ -51,9 +52,12 @@ def slot(device: torch.device) -> int:
 
 def rows(t: Tensor) -> Tensor:
     """t as TMA can read it: stride 1 along D, the other strides positive multiples of 16 bytes, base 16-byte aligned. Copies if need be."""
-    t = t.detach()
-    unit = 16 // t.element_size()
-    aligned = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % unit == 0 and s > 0 for s in t.stride()[:-1])
+    if t.requires_grad:
+        t = t.detach()
+    *outer, inner = t.stride()
+    # A sum of bits: it is a multiple of the unit, a power of two, if each stride is
+    bits = functools.reduce(operator.or_, outer)
+    aligned = inner == 1 and min(outer) > 0 and bits % (16 // t.element_size()) == 0 and t.data_ptr() % 16 == 0
     return t if aligned else t.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,10 +1,11 @@
-"""Dense GQA forward: S = scale Q K^T, O = softmax(S) V, LSE = ln sum exp S.
+"""Dense GQA forward: S = scale Q K^T, or cap tanh(scale / cap Q K^T) with a softcap; O = softmax(S) V, LSE = ln sum exp S.
 
 Online softmax, arXiv:1805.02867 algorithm 3; warp-specialised and persistent. A thread block has one producer warp, which loads Q, K and V
 by TMA, and two consumer warpgroups of 64 queries each. They take turns at the tensor cores by two named barriers, so that the softmax of
 one runs under the products of the other; the product with V of key block n - 1 is issued behind the product with K of block n and runs
 under its softmax. A block takes tile after tile, longest first; the output leaves by TMA under the next tile's loads. Every tile does at
-least one, then fully masked, key block: so each load is waited for, and a query without keys gets out = 0 and lse = -inf."""
+least one, then fully masked, key block: so each load is waited for, and a query without keys gets out = 0 and lse = -inf. Under a window a
+tile does the key blocks from the first that its first query sees to the last of its last query; only those at the two edges are masked."""
 
 import functools
 from types import SimpleNamespace
@@ -44,20 +45,20 @@ __device__ __forceinline__ void last_block_resets(int slot, int blocks) {{
 
 
 @tilelang.jit(pass_configs=tile.OWN_BARRIERS, target=tile.TARGET)
-def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, skip_rescale):
+def build(dtype, return_lse, D, D_v, mask, softcap, block_M, block_N, stages, own_staging, skip_rescale):
     B, S_q, S_kv, H_q, H_kv = (T.dynamic(name) for name in ("B", "S_q", "S_kv", "H_q", "H_kv"))
     # A stride can pass 2^31 elements; a length can't
     strides = {t: (*(T.dynamic(f"{t}_stride_{d}", "int64") for d in "bsh"), 1) for t in "QKVO"}
 
-    def key_blocks(row0):
-        """How many key blocks the tile at row0 does: all, or up to the last visible key; at least one."""
-        if not causal:
+    def end_block(row0, right):
+        """The key block after the last that the tile at row0 sees."""
+        if mask == "full":
             return T.ceildiv(S_kv, block_N)
-        last = T.min(row0 + block_M, S_q) + S_kv - S_q
-        return T.max(T.min(T.ceildiv(S_kv, block_N), T.ceildiv(last, block_N)), 1)
+        last = T.min(row0 + block_M, S_q) + S_kv - S_q + (right if mask == "window" else 0)
+        return T.min(T.ceildiv(S_kv, block_N), T.ceildiv(last, block_N))
 
     @T.macro
-    def locate(t, section, row0: T.Ref, head: T.Ref, batch: T.Ref, count: T.Ref):
+    def locate(t, section, left, right, row0: T.Ref, head: T.Ref, batch: T.Ref, low: T.Ref, count: T.Ref):
         """Tile t -> first query, query head, batch, number of key blocks. Heads go in sections whose K and V fit the L2 cache; in a
         section the last queries, which see most keys, come first."""
         blocks = T.alloc_var("int32")
@@ -71,7 +72,15 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
         head = head + T.truncmod(rest, width)
         batch = T.truncdiv(head, H_q)
         head = head - batch * H_q
-        count = key_blocks(row0)
+        if mask == "window":
+            low = T.max(T.floordiv(row0 + S_kv - S_q - left, block_N), 0)
+            count = T.max(end_block(row0, right) - low, 1)
+        else:
+            count = T.max(end_block(row0, right), 1) if mask == "causal" else end_block(row0, right)
+
+    def bottom(low):
+        """The lowest key block of a tile."""
+        return low if mask == "window" else 0
 
     @T.macro
     def load(tensor, batch, row, head, buffers, full, empty, ring):
@@ -82,7 +91,7 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
         T.mbarrier_arrive(full[stage])
 
     @T.macro
-    def producer(Q, K, V, Q_smem, K_smem, V_smem, tile_smem, bars, block, blocks, section, slot):
+    def producer(Q, K, V, Q_smem, K_smem, V_smem, tile_smem, bars, left, right, block, blocks, section, slot):
         t = T.alloc_var("int32", init=0)
         following = T.alloc_var("int32", init=0)
         turn = T.alloc_var("int32", init=0)
@@ -90,12 +99,13 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
         row0 = T.alloc_var("int32", init=0)
         head = T.alloc_var("int32", init=0)
         batch = T.alloc_var("int32", init=0)
+        low = T.alloc_var("int32", init=0)
         count = T.alloc_var("int32", init=0)
         t = block
         while t < T.ceildiv(S_q, block_M) * H_q * B:
-            locate(t, section, row0, head, batch, count)
+            locate(t, section, left, right, row0, head, batch, low, count)
             kv_head = T.truncdiv(head, T.truncdiv(H_q, H_kv))
-            load(K, batch, (count - 1) * block_N, kv_head, K_smem, bars.k_full, bars.k_empty, done)
+            load(K, batch, (bottom(low) + count - 1) * block_N, kv_head, K_smem, bars.k_full, bars.k_empty, done)
             T.mbarrier_wait_parity(bars.q_empty, (turn % 2) ^ 1)
             T.tma_copy(Q[batch, row0 : row0 + ROWS, head, :], Q_smem[0], barrier=bars.q_full)
             T.tma_copy(Q[batch, row0 + ROWS : row0 + block_M, head, :], Q_smem[1], barrier=bars.q_full)
@@ -103,10 +113,10 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
             # Asked for now, needed at the end of the tile: the counter's latency hides under the loads
             following = T.call_extern("int32", "gqa::next_tile", slot, turn + 1, blocks)
             for n in T.unroll(1, count, unroll_factor=1):
-                load(K, batch, (count - 1 - n) * block_N, kv_head, K_smem, bars.k_full, bars.k_empty, done + n)
-                load(V, batch, (count - n) * block_N, kv_head, V_smem, bars.v_full, bars.v_empty, done + n - 1)
+                load(K, batch, (bottom(low) + count - 1 - n) * block_N, kv_head, K_smem, bars.k_full, bars.k_empty, done + n)
+                load(V, batch, (bottom(low) + count - n) * block_N, kv_head, V_smem, bars.v_full, bars.v_empty, done + n - 1)
             done = done + count
-            load(V, batch, 0, kv_head, V_smem, bars.v_full, bars.v_empty, done - 1)
+            load(V, batch, bottom(low) * block_N, kv_head, V_smem, bars.v_full, bars.v_empty, done - 1)
             T.mbarrier_wait_parity(bars.tile_empty, (turn % 2) ^ 1)
             tile_smem[0] = following
             T.mbarrier_arrive(bars.tile_full)
@@ -115,7 +125,7 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
         T.call_extern("handle", "gqa::last_block_resets", slot, blocks)
 
     @T.macro
-    def key_block(w, ring, n, Q_smem, K_smem, V_smem, bars, frags, lead, scale_log2, row0, masked):
+    def key_block(w, ring, n, Q_smem, K_smem, V_smem, bars, frags, lead, logits, row0, masked):
         """Logits of key block n and the product of the block before with V, issued together; then the softmax."""
         before = ring - 1
         T.mbarrier_wait_parity(bars.k_full[ring % stages], (ring // stages) % 2)
@@ -128,33 +138,36 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
         if lead:
             T.mbarrier_arrive(bars.k_empty[ring % stages])
             if own_staging:
-                if n == 0:
+                if n == logits.low:
                     T.mbarrier_arrive(bars.q_empty)
+        if softcap:
+            tile.softcap(frags, ROWS, block_N, logits.inner)
         if masked:
-            tile.mask(frags, ROWS, block_N, causal, row0, n * block_N, S_q, S_kv)
-        tile.online_softmax(frags, ROWS, block_N, scale_log2, False, masked)
+            tile.mask(frags, ROWS, block_N, mask, row0, n * block_N, S_q, S_kv, logits.left, logits.right)
+        tile.online_softmax(frags, ROWS, block_N, logits.scale_log2, False, masked)
         for i in T.Parallel(ROWS):
             T.call_extern("handle", "gqa::keep_order", frags.part_sum[i])
         T.wait_wgmma(0)
         if lead:
             T.mbarrier_arrive(bars.v_empty[before % stages])
-        tile.rescale_output(frags, ROWS, D, skip_rescale)
+        tile.rescale_output(frags, ROWS, D_v, skip_rescale)
         T.copy(frags.S, frags.P)
 
     @T.macro
-    def consumer(w, Q_smem, K_smem, V_smem, O_smem, tile_smem, bars, O_out, LSE, scale, block, section):
+    def consumer(w, Q_smem, K_smem, V_smem, O_smem, tile_smem, bars, O_out, LSE, scale, cap, left, right, block, section):
         T.set_max_nreg(CONSUMER_REGISTERS, 1)
         S = T.alloc_fragment([ROWS, block_N], "float32")
         P = T.alloc_fragment([ROWS, block_N], dtype)
-        O = T.alloc_fragment([ROWS, D], "float32")
+        O = T.alloc_fragment([ROWS, D_v], "float32")
         row_max = T.alloc_fragment([ROWS], "float32")
         old_max = T.alloc_fragment([ROWS], "float32")
         rescale = T.alloc_fragment([ROWS], "float32")
         part_sum = T.alloc_fragment([ROWS], "float32")
         row_sum = T.alloc_fragment([ROWS], "float32")
         limit = T.alloc_fragment([ROWS], "int32")
+        floor = T.alloc_fragment([ROWS], "int32")
         frags = SimpleNamespace(
-            S=S, P=P, O=O, row_max=row_max, old_max=old_max, rescale=rescale, part_sum=part_sum, row_sum=row_sum, limit=limit
+            S=S, P=P, O=O, row_max=row_max, old_max=old_max, rescale=rescale, part_sum=part_sum, row_sum=row_sum, limit=limit, floor=floor
         )
         t = T.alloc_var("int32", init=0)
         turn = T.alloc_var("int32", init=0)
@@ -162,15 +175,21 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
         row0 = T.alloc_var("int32", init=0)
         head = T.alloc_var("int32", init=0)
         batch = T.alloc_var("int32", init=0)
+        low = T.alloc_var("int32", init=0)
         count = T.alloc_var("int32", init=0)
         plain = T.alloc_var("int32", init=0)
+        edge = T.alloc_var("int32", init=0)
         lead = T.shuffle_elect(128)
-        scale_log2 = scale * tile.LOG2E
+        # With softcap the logits are cap tanh(scale / cap q·k): the softmax scales by cap, and tanh takes the rest
+        scale_log2 = (cap if softcap else scale) * tile.LOG2E
+        logits = SimpleNamespace(
+            scale_log2=scale_log2, inner=2 * tile.LOG2E * scale / cap if softcap else 0.0, left=left, right=right, low=bottom(low)
+        )
         if w == 1:
             T.named_barrier_arrive(TURN, CONSUMERS)
         t = block
         while t < T.ceildiv(S_q, block_M) * H_q * B:
-            locate(t, section, row0, head, batch, count)
+            locate(t, section, left, right, row0, head, batch, low, count)
             T.fill(O, 0)
             T.fill(row_sum, 0)
             T.fill(row_max, -T.infinity("float32"))
@@ -184,20 +203,33 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
                 if own_staging:
                     if count == 1:
                         T.mbarrier_arrive(bars.q_empty)
-            tile.mask(frags, ROWS, block_N, causal, row0 + w * ROWS, (count - 1) * block_N, S_q, S_kv)
+            if softcap:
+                tile.softcap(frags, ROWS, block_N, logits.inner)
+            tile.mask(frags, ROWS, block_N, mask, row0 + w * ROWS, (bottom(low) + count - 1) * block_N, S_q, S_kv, left, right)
             tile.online_softmax(frags, ROWS, block_N, scale_log2, True, True)
             T.copy(S, P)
-            if causal:
-                # The diagonal can touch more blocks; from `plain` on every key is seen by every query
-                plain = T.min(count, T.max(1, count - T.floordiv(row0 + S_kv - S_q + 1, block_N)))
+            if mask == "full":
+                plain = 1
+            else:
+                # The edge of the mask can touch more blocks; from `plain` to `edge` every key is seen by every query
+                whole = T.floordiv(row0 + S_kv - S_q + 1 + (right if mask == "window" else 0), block_N)
+                if mask == "window":
+                    whole = T.min(whole, T.floordiv(S_kv, block_N))
+                    first = T.ceildiv(T.min(row0 + block_M, S_q) - 1 + S_kv - S_q - left, block_N)
+                    edge = T.min(count, T.max(1, low + count - first))
+                plain = T.min(edge if mask == "window" else count, T.max(1, bottom(low) + count - whole))
                 for n in T.serial(1, plain):
                     ring = T.call_extern("int32", "gqa::uniform", done + n)
-                    key_block(w, ring, count - 1 - n, Q_smem, K_smem, V_smem, bars, frags, lead, scale_log2, row0 + w * ROWS, True)
-            else:
-                plain = 1
-            for n in T.serial(plain, count):
+                    key_block(
+                        w, ring, bottom(low) + count - 1 - n, Q_smem, K_smem, V_smem, bars, frags, lead, logits, row0 + w * ROWS, True
+                    )
+            for n in T.serial(plain, edge if mask == "window" else count):
                 ring = T.call_extern("int32", "gqa::uniform", done + n)
-                key_block(w, ring, count - 1 - n, Q_smem, K_smem, V_smem, bars, frags, lead, scale_log2, row0 + w * ROWS, False)
+                key_block(w, ring, bottom(low) + count - 1 - n, Q_smem, K_smem, V_smem, bars, frags, lead, logits, row0 + w * ROWS, False)
+            if mask == "window":
+                for n in T.serial(edge, count):
+                    ring = T.call_extern("int32", "gqa::uniform", done + n)
+                    key_block(w, ring, low + count - 1 - n, Q_smem, K_smem, V_smem, bars, frags, lead, logits, row0 + w * ROWS, True)
             done = done + count
             v_last = done - 1
             T.mbarrier_wait_parity(bars.v_full[v_last % stages], (v_last // stages) % 2)
@@ -217,7 +249,7 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
             T.wait_wgmma(0)
             if lead:
                 T.mbarrier_arrive(bars.v_empty[v_last % stages])
-            for i, j in T.Parallel(ROWS, D):
+            for i, j in T.Parallel(ROWS, D_v):
                 O[i, j] *= rescale[i]
             if own_staging:
                 if lead:
@@ -243,11 +275,14 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
     def attention_fwd(
         Q: T.StridedTensor([B, S_q, H_q, D], strides["Q"], dtype),
         K: T.StridedTensor([B, S_kv, H_kv, D], strides["K"], dtype),
-        V: T.StridedTensor([B, S_kv, H_kv, D], strides["V"], dtype),
-        O: T.StridedTensor([B, S_q, H_q, D], strides["O"], dtype),
+        V: T.StridedTensor([B, S_kv, H_kv, D_v], strides["V"], dtype),
+        O: T.StridedTensor([B, S_q, H_q, D_v], strides["O"], dtype),
         # Without LSE the output is passed again in its place
-        LSE: T.Tensor([B, H_q, S_q], "float32") if return_lse else T.StridedTensor([B, S_q, H_q, D], strides["O"], dtype),
+        LSE: T.Tensor([B, H_q, S_q], "float32") if return_lse else T.StridedTensor([B, S_q, H_q, D_v], strides["O"], dtype),
         scale: T.float32,
+        cap: T.float32,
+        left: T.int32,
+        right: T.int32,
         blocks: T.int32,
         section: T.int32,
         slot: T.int32,
@@ -256,11 +291,11 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
             Q_0 = T.alloc_shared([ROWS, D], dtype)
             Q_1 = T.alloc_shared([ROWS, D], dtype)
             K_smem = T.alloc_shared([stages, block_N, D], dtype)
-            V_smem = T.alloc_shared([stages, block_N, D], dtype)
+            V_smem = T.alloc_shared([stages, block_N, D_v], dtype)
             T.annotate_layout({b: make_swizzled_layout(b) for b in (Q_0, Q_1, K_smem, V_smem)})
             if own_staging:
-                O_0 = T.alloc_shared([ROWS, D], dtype)
-                O_1 = T.alloc_shared([ROWS, D], dtype)
+                O_0 = T.alloc_shared([ROWS, D_v], dtype)
+                O_1 = T.alloc_shared([ROWS, D_v], dtype)
                 T.annotate_layout({b: make_swizzled_layout(b) for b in (O_0, O_1)})
             tile_smem = T.alloc_shared([4], "int32")
             q_full = T.alloc_barrier(1)
@@ -286,12 +321,13 @@ def build(dtype, return_lse, D, causal, block_M, block_N, stages, own_staging, s
                 T.set_max_nreg(PRODUCER_REGISTERS, 0)
                 if thread < 32:
                     if T.shuffle_elect(32):
-                        producer(Q, K, V, (Q_0, Q_1), K_smem, V_smem, tile_smem, bars, block, blocks, section, slot)
+                        producer(Q, K, V, (Q_0, Q_1), K_smem, V_smem, tile_smem, bars, left, right, block, blocks, section, slot)
             else:
+                O_smem = (O_0, O_1) if own_staging else (Q_0, Q_1)
                 if thread < 256:
-                    consumer(0, Q_0, K_smem, V_smem, O_0 if own_staging else Q_0, tile_smem, bars, O, LSE, scale, block, section)
+                    consumer(0, Q_0, K_smem, V_smem, O_smem[0], tile_smem, bars, O, LSE, scale, cap, left, right, block, section)
                 else:
-                    consumer(1, Q_1, K_smem, V_smem, O_1 if own_staging else Q_1, tile_smem, bars, O, LSE, scale, block, section)
+                    consumer(1, Q_1, K_smem, V_smem, O_smem[1], tile_smem, bars, O, LSE, scale, cap, left, right, block, section)
 
     return attention_fwd
 
@@ -307,8 +343,24 @@ def compiled(cfg: Forward, dtype: torch.dtype, return_lse: bool):
     return kernel(program(cfg, dtype, return_lse))
 
 
-def launch(cfg: Forward, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scale: float) -> None:
-    """Writes out [B, S_q, H_q, D] and, unless None, lse [B, H_q, S_q]."""
+@functools.cache
+def executable(cfg: Forward, dtype: torch.dtype, return_lse: bool):
+    """What the compiled kernel calls in the end: TileLang's own wrapper around it takes 3 µs and checks what `launch` has settled."""
+    return compiled(cfg, dtype, return_lse).adapter.get_exportable_executable()
+
+
+def launch(
+    cfg: Forward,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> None:
+    """Writes out [B, S_q, H_q, D_v] and, unless None, lse [B, H_q, S_q]."""
     device.require_hopper("attention", q.device)
     B, S_q, H_q, D = q.shape
     S_kv, H_kv = k.shape[1:3]
@@ -324,8 +376,11 @@ def launch(cfg: Forward, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tens
         q, scale = q * (-1.0 if scale < 0 else 0.0), -scale or 1.0
     blocks = min(-(-S_q // cfg.block_M) * H_q * B, device.multiprocessors(q.device))
     # Query heads whose K and V together take about half of the L2 cache
-    section = max(1, min(B * H_kv, device.l2_bytes(q.device) // (8 * S_kv * D))) * (H_q // H_kv)
-    run = compiled(cfg, q.dtype, lse is not None)
+    section = max(1, min(B * H_kv, device.l2_bytes(q.device) // (4 * S_kv * (D + v.shape[3])))) * (H_q // H_kv)
+    # An open side reaches farther than any key; so far is enough for the widest of the others, too
+    far = S_q + S_kv
+    left, right = (far if side < 0 else min(side, far) for side in window) if cfg.mask == "window" else (far, far)
+    run = executable(cfg, q.dtype, lse is not None)
     with device.current(q.device):
         q, k, v = device.rows(q), device.rows(k), device.rows(v)
-        run(q, k, v, out, out if lse is None else lse, scale, blocks, section, device.slot(q.device))
+        run(q, k, v, out, out if lse is None else lse, scale, softcap, left, right, blocks, section, device.slot(q.device))

@@ -42,19 +42,37 @@ template <int Scale, int Offset, class Barrier> struct AllReduce<SumOp, 4, Scale
 """
 
 
+def _seen(frags, i, j, kind):
+    """An expression, and not a variable, which would come between the compare and its use."""
+    within = j < frags.limit[i]
+    return T.And(within, j >= frags.floor[i]) if kind == "window" else within
+
+
 @T.macro
-def mask(frags, rows, block_N, causal, row0, col0, S_q, S_kv):
-    """S = -inf where key col0 + j is past the end or, if causal, behind query row0 + i.
+def mask(frags, rows, block_N, kind, row0, col0, S_q, S_kv, left, right):
+    """S = -inf where query row0 + i does not see key col0 + j; kind: "full", "causal" or "window".
 
     One limit a row, less the lane's own column offset: then j is a constant of each register and an element costs one compare."""
     lane_col = (T.get_thread_binding() % 4) * 2
     for i in T.Parallel(rows):
-        if causal:
+        if kind == "full":
+            frags.limit[i] = S_kv - col0 - lane_col
+        elif kind == "causal":
             frags.limit[i] = T.min(S_kv, row0 + i + S_kv - S_q + 1) - col0 - lane_col
         else:
-            frags.limit[i] = S_kv - col0 - lane_col
+            frags.limit[i] = T.min(S_kv, row0 + i + S_kv - S_q + right + 1) - col0 - lane_col
+            frags.floor[i] = row0 + i + S_kv - S_q - left - col0 - lane_col
     for i, j in T.Parallel(rows, block_N):
-        frags.S[i, j] = T.if_then_else(j - lane_col < frags.limit[i], frags.S[i, j], -T.infinity("float32"))
+        frags.S[i, j] = T.if_then_else(_seen(frags, i, j - lane_col, kind), frags.S[i, j], -T.infinity("float32"))
+
+
+@T.macro
+def softcap(frags, rows, block_N, inner):
+    """S = tanh(scale / cap S), logits in units of the cap; inner = 2 log2(e) scale / cap.
+
+    tanh x = 1 - 2 / (1 + exp 2x) is right to 1e-7. The instruction tanh.approx is to 2^-11 only, and LSE must be to 1e-5."""
+    for i, j in T.Parallel(rows, block_N):
+        frags.S[i, j] = 1.0 - 2.0 / (1.0 + T.exp2(frags.S[i, j] * inner))
 
 
 def _finite(row_max, masked):

@@ -11,15 +11,17 @@ BF16, F16 = torch.bfloat16, torch.float16
 
 
 def has_kernel(case: Case, gradients: bool) -> bool:
+    sizes = (case.D, case.D if case.D_v is None else case.D_v)
     masked = case.softcap > 0 or case.window != (-1, -1)
-    return not masked and case.D in (config.D_BACKWARD if gradients else config.D_FORWARD)
+    return sizes in config.D_BACKWARD and not masked if gradients else sizes in config.D_FORWARD
 
 
 # Each configuration at lengths around its tiles: (S_q, S_kv) with one tile, a cut tile, many, and both kinds of rectangle
 _LENGTHS = ((1, 1), (64, 65), (128, 128), (113, 203), (203, 113), (127, 512), (512, 127), (1, 799), (799, 2), (333, 1024), (1023, 257))
+_MASKS = ({"causal": True}, {}, {"window": (100, 0)}, {"window": (17, 63)})
 CONFIGURATIONS = tuple(
-    Case(1 + (S_q + S_kv) % 2, S_q, S_kv, *heads, D, causal=causal, dtype=dtype)
-    for D, causal, dtype in product(config.D_FORWARD, (True, False), (BF16, F16))
+    Case(1 + (S_q + S_kv) % 2, S_q, S_kv, *heads, D, D_v=D_v if D_v != D else None, dtype=dtype, softcap=softcap, **mask)
+    for (D, D_v), mask, softcap, dtype in product(config.D_FORWARD, _MASKS, (0.0, 15.0), (BF16, F16))
     for (S_q, S_kv), heads in zip(
         _LENGTHS, ((4, 4), (6, 3), (6, 1), (8, 2), (12, 1), (5, 1), (7, 7), (32, 8), (28, 4), (10, 2), (3, 1)), strict=True
     )

@@ -5,6 +5,7 @@ import torch
 
 import gqa_autograd
 from gqa_autograd import testing
+from gqa_autograd.kernels import config
 from gqa_autograd.testing import Case
 
 pytestmark = pytest.mark.gpu
@@ -176,6 +177,22 @@ def test_which_kernels_run(compiled):
     ]
 
 
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("mask", [{"causal": True}, {}, {"window": (40, 7)}, {"causal": True, "window": (40, -1)}], ids=str)
+@pytest.mark.parametrize("sizes", config.D_FORWARD, ids=str)
+def test_every_feature_runs_on_the_one_kernel(sizes, mask, softcap):
+    """By the name of the kernel that ran: nothing leaves the fast path."""
+    D, D_v = sizes
+    q, k, v, _ = testing.make(Case(1, 90, 130, 4, 2, D, D_v=D_v if D_v != D else None), "cuda")
+
+    def infer():
+        with torch.no_grad():
+            gqa_autograd.attention(q, k, v, softcap=softcap, **mask)
+
+    infer()
+    assert kernels_of(infer) == ["attention_fwd_kernel"]
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_training_equals_eager(mode):
     q, k, v, do = testing.make(Case(2, 130, 190, 6, 2, 64), "cuda")
@@ -251,10 +268,10 @@ def test_another_device_is_current_and_stays_so():
     ("change", "error", "message"),
     [
         ({"dtype": torch.float32}, TypeError, "autocast"),
-        ({"D": 96}, NotImplementedError, r"D on CUDA must be one of \(64, 128, 256\)"),
-        ({"D": 256}, NotImplementedError, r"D for gradients on CUDA must be one of \(64, 128\)"),
-        ({"softcap": 3.0}, NotImplementedError, "softcap on CUDA must be 0"),
-        ({"window": (3, 0)}, NotImplementedError, "window on CUDA must be"),
+        ({"D": 80}, NotImplementedError, r"\(D, D_v\) on CUDA must be one of"),
+        ({"D": 256}, NotImplementedError, r"\(D, D_v\) for gradients on CUDA must be one of"),
+        ({"softcap": 3.0}, NotImplementedError, "softcap for gradients on CUDA must be 0"),
+        ({"window": (3, 0)}, NotImplementedError, "window for gradients on CUDA must be"),
         ({"deterministic": True}, NotImplementedError, "deterministic must be False"),
     ],
     ids=str,

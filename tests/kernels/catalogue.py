@@ -8,9 +8,11 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
+from covering import cover
 
 from gqa_autograd.kernels import config
 from hopper_emulator import Code, lower
@@ -37,9 +39,13 @@ class Entry(NamedTuple):
         return backward.programs(self.tile, self.dtype, self.option)[("preprocess", "backward", "postprocess").index(self.family)]
 
     def __str__(self) -> str:
-        mask = {"forward": "-causal", "backward": "-causal"} if self.tile.causal else {"forward": "-full", "backward": "-full"}
-        option = {"forward": "-lse", "preprocess": "-dlse"}.get(self.family, "") if self.option else ""
-        return f"{self.family}-d{self.tile.D}{mask.get(self.family, '')}-{str(self.dtype).removeprefix('torch.')}{option}"
+        parts = [self.family, f"d{self.tile.D}"]
+        if self.family == "forward":
+            parts += [f"dv{self.tile.D_v}"] * (self.tile.D_v != self.tile.D) + [self.tile.mask] + ["softcap"] * self.tile.softcap
+        elif self.family == "backward":
+            parts.append("causal" if self.tile.causal else "full")
+        option = {"forward": "lse", "preprocess": "dlse"}.get(self.family)
+        return "-".join([*parts, str(self.dtype).removeprefix("torch."), *[option] * self.option])
 
 
 def entries() -> dict[str, Entry]:
@@ -50,6 +56,32 @@ def entries() -> dict[str, Entry]:
             found += [Entry("backward", tile, dtype, False), Entry("postprocess", tile, dtype, False)]
             found += [Entry("preprocess", tile, dtype, dlse) for dlse in (False, True)]
     return {str(entry): entry for entry in found}
+
+
+def axes(entry: Entry) -> dict[str, Any]:
+    """What is static in a kernel, by name. The mask is none of the axes where the kernel doesn't depend on it."""
+    tile = entry.tile
+    found = {"dtype": entry.dtype, "option": entry.option}
+    if entry.family == "forward":
+        return found | {"sizes": (tile.D, tile.D_v), "mask": tile.mask, "softcap": tile.softcap}
+    return found | {"sizes": (tile.D, tile.D)} | ({"causal": tile.causal} if entry.family == "backward" else {})
+
+
+@functools.cache
+def representative() -> dict[str, Entry]:
+    """Of each family a few kernels in which each two values of two axes meet: what the daily tests lower, compile and emulate."""
+    chosen = {}
+    for family in dict.fromkeys(entry.family for entry in entries().values()):
+        kernels = [(axes(entry), entry) for entry in entries().values() if entry.family == family]
+        values = {axis: tuple(dict.fromkeys(a[axis] for a, _ in kernels)) for axis in kernels[0][0]}
+        wanted = cover(values, lambda choice, known=[a for a, _ in kernels]: choice in known)
+        chosen |= {str(entry): entry for found, entry in kernels if found in wanted}
+    return chosen
+
+
+def chosen(config: pytest.Config) -> dict[str, Entry]:
+    """All kernels with --nightly, else the representative ones."""
+    return entries() if config.getoption("--nightly") else representative()
 
 
 def _sources() -> str:

@@ -62,7 +62,7 @@ def emulated(machine: Machine, others: dict[Entry, Emulator] | None = None, chec
     }
     with (
         mock.patch.multiple(device, **facts),
-        mock.patch.object(forward, "compiled", lambda cfg, dtype, lse: run(Entry("forward", cfg, dtype, lse))),
+        mock.patch.object(forward, "executable", lambda cfg, dtype, lse: run(Entry("forward", cfg, dtype, lse))),
         mock.patch.object(backward, "compiled", backward_kernels),
         mock.patch.object(backward, "_workspace", _poisoned_workspace(backward._workspace)),
     ):
@@ -84,10 +84,11 @@ def _poisoned_workspace(original: Callable) -> Callable:
     return workspace
 
 
-def attend(tile, q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
+def attend(tile, q: Tensor, k: Tensor, v: Tensor, case: Case, return_lse: bool) -> tuple[Tensor, Tensor]:
     """out and lse, NaN where nothing was written; without return_lse, lse stays NaN."""
+    left, right, scale, softcap = case.formula
     out, lse = (t.fill_(math.nan) for t in meta.attention_fwd_lse(q, k, v))
-    forward.launch(tile, q, k, v, out, lse if return_lse else None, scale)
+    forward.launch(tile, q, k, v, out, lse if return_lse else None, scale, (left, right), softcap)
     return out, lse
 
 
@@ -110,8 +111,8 @@ def truth(case: Case, with_dlse: bool) -> tuple[tuple[Tensor, ...], Tensor | Non
 def check_forward(entry: Entry, case: Case) -> None:
     """Inside `emulated`: out, and lse where the kernel has it, by the closeness rule."""
     (q, k, v, _), _, plain, exact = truth(case, False)
-    out, lse = attend(entry.tile, q, k, v, case.formula[2], entry.option)
-    testing.assert_no_worse(out, plain.out, exact.out, "out")
+    out, lse = attend(entry.tile, q, k, v, case, entry.option)
+    testing.assert_no_worse(out, plain.out, exact.out, "out", softcap=case.softcap > 0)
     if entry.option:
         testing.assert_lse(lse, exact.lse)
 

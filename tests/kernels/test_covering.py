@@ -29,21 +29,31 @@ def test_what_is_not_allowed_is_not_chosen_and_not_missed():
     assert ("b", "y", "d", 9) in shown
 
 
-def test_daily_choice_shows_every_value_of_every_static_axis():
-    pytest.importorskip("tilelang")
-    import test_emulation
+def values(entries, family) -> set:
+    return {(axis, value) for entry in entries.values() if entry.family == family for axis, value in catalogue.axes(entry).items()}
 
-    for family, option in (("forward", "lse"), ("backward", "dlse")):
-        chosen = test_emulation.covering(family)
-        tiles = {entry.tile for entry in catalogue.entries().values() if entry.family == family}
-        assert {(c["tile"], c["dtype"]) for c in chosen} == set(itertools.product(tiles, catalogue.DTYPES))
-        assert {(c["tile"], c[option]) for c in chosen} == set(itertools.product(tiles, (False, True)))
+
+@pytest.mark.parametrize("family", ["forward", "backward", "preprocess", "postprocess"])
+def test_representative_kernels_show_every_value_of_every_static_axis(family):
+    few, all_ = catalogue.representative(), catalogue.entries()
+    assert values(few, family) == values(all_, family)
+    assert few.items() <= all_.items()
+
+
+def test_daily_choice_runs_each_representative_kernel_with_each_pair_of_lengths():
+    pytest.importorskip("tilelang")
+    import test_emulation as emulated
+
+    for family in ("forward", "backward"):
+        few = emulated.kernels(family, catalogue.representative())
+        shown = {(c["kernel"], c["S"]) for c in emulated.covering(family)}
+        assert shown == set(itertools.product(few, emulated.LENGTHS))
 
 
 def test_nightly_choice_has_each_kernel_with_each_pair_of_lengths_in_each_schedule():
     pytest.importorskip("tilelang")
-    import test_emulation
+    import test_emulation as emulated
 
-    for family, option in (("forward", "lse"), ("backward", "dlse")):
-        shown = {(c["tile"], c["dtype"], c[option], c["S"], c["schedule"]) for c in test_emulation.everything(family)}
-        assert len(shown) == len(test_emulation.tiles(family)) * 2 * 2 * len(test_emulation.LENGTHS) * 7
+    for family in ("forward", "backward"):
+        shown = {(c["kernel"], c["S"], c["schedule"]) for c in emulated.everything(family)}
+        assert len(shown) == len(emulated.kernels(family, catalogue.entries())) * len(emulated.LENGTHS) * 7

@@ -8,6 +8,7 @@ import catalogue
 import pytest
 from covering import cover
 
+from gqa_autograd.kernels import config
 from gqa_autograd.testing import Case
 
 tilelang = pytest.importorskip("tilelang", reason="no tilelang here: the kernels were not emulated")
@@ -25,10 +26,10 @@ SHARED = {
     "layout": ("bshd", "bhsd", "fused"),
     "scale": (None, -0.3, 0.0),
     "schedule": SCHEDULES,
-    "dtype": tuple(catalogue.DTYPES),
 }
+WINDOWS = ((-1, 5), (63, -1), (17, 5), (0, 0), (128, 0), (300, 200))
 AXES = {
-    "forward": SHARED | {"lse": (False, True), "multiprocessors": (1, 3, 100), "slot": (0, -1)},
+    "forward": SHARED | {"window": WINDOWS, "multiprocessors": (1, 3, 100), "slot": (0, -1)},
     "backward": SHARED | {"dlse": (False, True)},
 }
 
@@ -38,18 +39,18 @@ def allowed(choice) -> bool:
     return choice["layout"] != "fused" or choice["S"][0] == choice["S"][1]
 
 
-def tiles(family: str) -> tuple:
-    return tuple(dict.fromkeys(entry.tile for entry in catalogue.entries().values() if entry.family == family))
+def kernels(family: str, found: dict[str, catalogue.Entry]) -> tuple:
+    return tuple(entry for entry in found.values() if entry.family == family)
 
 
 def covering(family: str) -> list[dict]:
-    return cover({"tile": tiles(family)} | AXES[family], allowed)
+    return cover({"kernel": kernels(family, catalogue.representative())} | AXES[family], allowed)
 
 
 def everything(family: str) -> list[dict]:
     """Each kernel with each pair of lengths in each schedule, with more seeds; the other axes go round."""
-    axes = {"tile": tiles(family)} | AXES[family]
-    first = ("tile", "dtype", "lse" if family == "forward" else "dlse", "S", "schedule")
+    axes = {"kernel": kernels(family, catalogue.entries())} | AXES[family]
+    first = ("kernel", "S", "schedule")
     axes["schedule"] = ("eager", "lazy", *range(1, 6))
     others = [a for a in axes if a not in first]
     rest = [dict(zip(others, values, strict=True)) for values in itertools.product(*(axes[a] for a in others))]
@@ -62,15 +63,19 @@ def everything(family: str) -> list[dict]:
 
 
 def case_of(choice) -> Case:
-    tile = choice["tile"]
-    return Case(
-        choice["B"], *choice["S"], *choice["H"], tile.D, tile.causal, scale=choice["scale"], dtype=choice["dtype"], layout=choice["layout"]
-    )
+    tile = choice["kernel"].tile
+    options = {"scale": choice["scale"], "dtype": choice["kernel"].dtype, "layout": choice["layout"]}
+    if isinstance(tile, config.Backward):
+        return Case(choice["B"], *choice["S"], *choice["H"], tile.D, tile.causal, **options)
+    options |= {"D_v": tile.D_v} if tile.D_v != tile.D else {}
+    options |= {"window": choice["window"]} if tile.mask == "window" else {}
+    # Near 0 the cap does nothing, so it is a small one
+    return Case(choice["B"], *choice["S"], *choice["H"], tile.D, tile.mask == "causal", softcap=2.0 if tile.softcap else 0.0, **options)
 
 
 def name_of(choice) -> str:
-    rest = [f"{axis}={choice[axis]}" for axis in ("lse", "dlse", "schedule", "multiprocessors", "slot") if axis in choice]
-    return "-".join([str(case_of(choice)), *rest])
+    rest = [f"{axis}={choice[axis]}" for axis in ("dlse", "schedule", "multiprocessors", "slot") if axis in choice]
+    return "-".join([*["lse"] * choice["kernel"].option, str(case_of(choice)), *rest])
 
 
 def pytest_generate_tests(metafunc):
@@ -78,17 +83,15 @@ def pytest_generate_tests(metafunc):
         family = metafunc.function.__name__.removeprefix("test_")
         choices = everything(family) if metafunc.config.getoption("--nightly") else covering(family)
         # Runs of one kernel side by side, since a worker builds a kernel once
-        choices.sort(key=lambda c: (str(c["tile"]), str(c["dtype"]), c.get("lse", False)))
+        choices.sort(key=lambda c: str(c["kernel"]))
         metafunc.parametrize("choice", choices, ids=name_of)
 
 
 def test_forward(choice):
-    entry = catalogue.Entry("forward", choice["tile"], choice["dtype"], choice["lse"])
     with emulated(Machine(choice["schedule"], choice["multiprocessors"], choice["slot"])):
-        emulation.check_forward(entry, case_of(choice))
+        emulation.check_forward(choice["kernel"], case_of(choice))
 
 
 def test_backward(choice):
-    entry = catalogue.Entry("backward", choice["tile"], choice["dtype"], False)
     with emulated(Machine(choice["schedule"])):
-        emulation.check_backward(entry, case_of(choice), choice["dlse"])
+        emulation.check_backward(choice["kernel"], case_of(choice), choice["dlse"])
