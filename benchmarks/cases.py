@@ -14,6 +14,7 @@ def _llama(B: int, S_q: int, S_kv: int | None = None, **options) -> Case:
 # Up to 8k tokens in every row of first-mark: B 4, 2, 1, 1
 SETS = {
     "first-mark": tuple(_llama(max(1, 8192 // S), S) for S in LENGTHS),
+    "quick": (_llama(4, 512), _llama(2, 4096)),
     "batch-1": tuple(_llama(1, S) for S in LENGTHS),
     "shapes": (
         _llama(2, 4096, causal=False),

@@ -150,7 +150,7 @@ def test_contestants_agree_and_are_plausible(op):
 
 def test_fa2_aligns_the_ends_of_a_rectangle():
     said = []
-    case = Case(1, 100, 300, 4, 2, 64, causal=True)
+    case = Case(1, 100, 300, 4, 2, 128, causal=True)
     made = run.made(case, "backward", ["ours", "cudnn", "fa2"], said.append)
     assert list(run.agreeing(made, "backward", said.append)) == ["ours", "fa2"]
     assert len(said) == 1
