@@ -25,7 +25,9 @@ class Flush:
     """Writes `factor` times the L2 cache, as often as it takes to keep the GPU busy for `microseconds`."""
 
     def __init__(self, factor: int = 2) -> None:
-        self.buffer = torch.empty(factor * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+        self.buffer = torch.empty(
+            factor * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size, dtype=torch.int8, device="cuda"
+        )
         self.one_pass_us = event_us(self.buffer.zero_, 10)
 
     def __call__(self, microseconds: float) -> None:
