@@ -1,67 +1,159 @@
-"""The contestants: each makes, for a case and its tensors, a forward and a backward to time. Absence is reported, never worked around."""
+"""The contestants: each makes, for a case and its tensors, a forward and a backward to time. Absence is reported, never worked around.
 
+A backward is timed without its forward. Ours is the operator itself; a peer's is autograd.grad over a graph that is kept, under
+set_multithreading_enabled(False): the engine then launches from the calling thread, where the timed scope is, and what it launches is
+the peer's backward and what the peer wraps around it. GPU time holds nothing of the engine; host time does, so there ours is
+autograd.grad too.
+"""
+
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, bias, sdpa_kernel
 
 import gqa_autograd
 from gqa_autograd import ops
 from gqa_autograd.testing import Case
 
+from . import optional
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+NoRow = optional.NoRow
+
 
 class Contestant(NamedTuple):
-    """forward() runs without autograd, backward() only the backward, on tensors prepared before."""
+    """forward() gives out without autograd, backward() the gradients of q, k and v, on tensors prepared before; gradient() is backward as
+    an eager user runs it. A contestant without a backward has None. bhsd: results are [B, H, S, D]."""
 
-    forward: Callable[[], object]
-    backward: Callable[[], object]
+    forward: Callable[[], Tensor]
+    backward: Callable[[], tuple[Tensor, ...]] | None
+    gradient: Callable[[], tuple[Tensor, ...]] | None
     version: str
+    bhsd: bool = False
 
 
-def ours(case: Case, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Contestant:
-    options: dict[str, Any] = {"causal": case.causal, "scale": case.scale}
-    with torch.no_grad():
-        out, lse = gqa_autograd.attention_with_lse(q, k, v, **options)
-    window_right = 0 if case.causal else -1
+def differentiated(attend: Attend, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """The gradients alone, as often as one likes, from the calling thread."""
+    with torch.enable_grad():
+        out = attend(q, k, v)
 
-    def forward():
+    def backward() -> tuple[Tensor, ...]:
+        with torch.autograd.set_multithreading_enabled(False):
+            return torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
+
+    return backward
+
+
+def _contestant(attend: Attend, version: str, op: str, tensors: tuple[Tensor, ...], bhsd: bool = False) -> Contestant:
+    """Of a function that autograd can differentiate."""
+    q, k, v, do = (t.detach().transpose(1, 2) if bhsd else t.detach() for t in tensors)
+    q, k, v = (t.requires_grad_(op == "backward") for t in (q, k, v))
+
+    def forward() -> Tensor:
         with torch.no_grad():
-            return gqa_autograd.attention(q, k, v, **options)
+            return attend(q, k, v)
 
-    def backward():
-        with torch.no_grad():
-            return ops.attention_bwd(do, q, k, v, out, lse, None, -1, window_right, case.scale)
-
-    return Contestant(forward, backward, gqa_autograd.__version__)
+    forward()
+    backward = differentiated(attend, q, k, v, do) if op == "backward" else None
+    return Contestant(forward, backward, backward, version, bhsd)
 
 
-def cudnn(case: Case, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Contestant:
-    return _sdpa(case, q, k, v, do, SDPBackend.CUDNN_ATTENTION, str(torch.backends.cudnn.version()))
+def ours(case: Case, op: str, *tensors: Tensor) -> Contestant:
+    contestant = _contestant(lambda q, k, v: gqa_autograd.attention(q, k, v, **case.options), gqa_autograd.__version__, op, tensors)
+    if op == "forward":
+        return contestant
+    q, k, v, do = (t.detach() for t in tensors)
+    out, lse = gqa_autograd.attention_with_lse(q, k, v, **case.options)
+    return contestant._replace(backward=lambda: ops.attention_bwd(do, q, k, v, out, lse, None, *case.formula))
 
 
-def fa2(case: Case, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Contestant:
-    return _sdpa(case, q, k, v, do, SDPBackend.FLASH_ATTENTION, torch.__version__)
-
-
-def _sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor, do: Tensor, backend: SDPBackend, version: str) -> Contestant:
+def cudnn(case: Case, op: str, *tensors: Tensor) -> Contestant:
     if case.causal and case.S_q != case.S_kv:
-        raise ValueError(f"torch's causal mask is top-left, ours bottom-right: no row for {case}")
-    q, k, v = (t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v))
-    do = do.transpose(1, 2)
+        raise NoRow("torch's causal mask is top-left for cuDNN; aligned at the ends it would be a dense bias")
+    return _sdpa(case, op, tensors, SDPBackend.CUDNN_ATTENTION, _dotted(torch.backends.cudnn.version() or 0))
 
-    def attend():
+
+def fa2(case: Case, op: str, *tensors: Tensor) -> Contestant:
+    return _sdpa(case, op, tensors, SDPBackend.FLASH_ATTENTION, torch.__version__)
+
+
+def _sdpa(case: Case, op: str, tensors: tuple[Tensor, ...], backend: SDPBackend, version: str) -> Contestant:
+    if case.window != (-1, -1) or case.softcap:
+        raise NoRow("scaled_dot_product_attention has no window and no softcap")
+    square = case.S_q == case.S_kv
+    mask = bias.causal_lower_right(case.S_q, case.S_kv) if case.causal and not square else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, scale=case.scale, enable_gqa=True)
+            causal = case.causal and square
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=case.scale, enable_gqa=case.H_q != case.H_kv)
 
-    def forward():
-        with torch.no_grad():
-            return attend()
-
-    out = attend()
-    return Contestant(forward, lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True), version)
+    return _contestant(attend, version, op, tensors, bhsd=True)
 
 
-CONTESTANTS: dict[str, Callable[..., Contestant]] = {"ours": ours, "cudnn": cudnn, "fa2": fa2}
+def _dotted(version: int) -> str:
+    """cuDNN's 91900 is 9.19.0."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def flex(case: Case, op: str, *tensors: Tensor) -> Contestant:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    left, right, _, softcap = case.formula
+    offset = case.S_kv - case.S_q
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        upper = j <= i + offset + right if right >= 0 else j >= 0
+        return upper & (j >= i + offset - left) if left >= 0 else upper
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    masked = left >= 0 or right >= 0
+    mask = create_block_mask(seen, None, None, case.S_q, case.S_kv, device=tensors[0].device) if masked else None
+    # Each case afresh: past the recompile limit Dynamo would run the unfused definition
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    options: dict[str, Any] = {"block_mask": mask, "scale": case.scale, "enable_gqa": case.H_q != case.H_kv}
+    attend = functools.partial(compiled, score_mod=capped if softcap else None, **options)
+    return _contestant(attend, torch.__version__, op, tensors, bhsd=True)
+
+
+def _differentiable(make: Callable[[Case], tuple[Attend, str]]) -> Callable[..., Contestant]:
+    return lambda case, op, *tensors: _contestant(*make(case), op, tensors)
+
+
+def _forward_only(make: Callable[[Case], tuple[Attend, str]]) -> Callable[..., Contestant]:
+    def made(case: Case, op: str, *tensors: Tensor) -> Contestant:
+        if op != "forward":
+            raise NoRow("it has no backward")
+        return _contestant(*make(case), op, tensors)
+
+    return made
+
+
+CONTESTANTS: dict[str, Callable[..., Contestant]] = {
+    "ours": ours,
+    "cudnn": cudnn,
+    "fa2": fa2,
+    "flex": flex,
+    "fa3": _differentiable(optional.fa3),
+    "fa4": _differentiable(optional.fa4),
+    "flashinfer": _forward_only(optional.flashinfer),
+    "fla": _differentiable(optional.fla),
+}
+PEERS = tuple(name for name in CONTESTANTS if name != "ours")
+
+
+def missing(name: str) -> str | None:
+    """The module that a contestant needs and this environment lacks."""
+    module = optional.MODULES.get(name)
+    try:
+        return module if module and importlib.util.find_spec(module) is None else None
+    except ModuleNotFoundError:  # of a package that holds the module
+        return module

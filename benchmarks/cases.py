@@ -3,15 +3,53 @@
 from gqa_autograd.testing import Case
 
 LENGTHS = (2048, 4096, 8192, 16384)
-# Up to 8k tokens in every row: B 4, 2, 1, 1
+PLOTTED = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def _llama(B: int, S_q: int, S_kv: int | None = None, **options) -> Case:
+    """32 query heads, 8 KV heads, D 128, causal."""
+    return Case(B, S_q, S_q if S_kv is None else S_kv, 32, 8, 128, **{"causal": True, **options})
+
+
+# Up to 8k tokens in every row of first-mark: B 4, 2, 1, 1
 SETS = {
-    "first-mark": tuple(Case(max(1, 8192 // S), S, S, 32, 8, 128, causal=True) for S in LENGTHS),
-    "batch-1": tuple(Case(1, S, S, 32, 8, 128, causal=True) for S in LENGTHS),
+    "first-mark": tuple(_llama(max(1, 8192 // S), S) for S in LENGTHS),
+    "quick": (_llama(4, 512), _llama(2, 4096)),
+    "batch-1": tuple(_llama(1, S) for S in LENGTHS),
     "shapes": (
-        Case(2, 4096, 4096, 32, 8, 128),
+        _llama(2, 4096, causal=False),
         Case(8, 2048, 2048, 16, 16, 128, causal=True),
-        Case(4, 512, 512, 32, 8, 128, causal=True),
+        _llama(4, 512),
         Case(2, 4096, 4096, 32, 8, 64, causal=True),
         Case(1, 8192, 8192, 16, 4, 256, causal=True),
     ),
+    "peers": (
+        Case(8, 2048, 2048, 16, 16, 128, causal=True),
+        Case(1, 16384, 16384, 16, 16, 128, causal=True),
+        Case(1, 16384, 16384, 16, 16, 128),
+        _llama(4, 2048),
+        _llama(2, 4096),
+        _llama(1, 8192),
+        _llama(1, 32768),
+        _llama(2, 4096, causal=False),
+        _llama(2, 512, 4096),
+        _llama(4, 512),
+        Case(2, 4096, 4096, 64, 8, 128, causal=True),
+        Case(2, 4096, 4096, 32, 8, 64, causal=True),
+        Case(1, 8192, 8192, 16, 4, 256, causal=True),
+    ),
+    # 16k tokens in every row, as far as one sequence holds no more: what plot.py draws
+    "lengths": tuple(_llama(max(1, 16384 // S), S) for S in PLOTTED),
+    "window": tuple(_llama(max(1, 16384 // S), S, window=(left, -1)) for S in (4096, 16384, 32768) for left in (255, 1023, 4095)),
+    "softcap": (*(_llama(max(1, 16384 // S), S, softcap=50.0) for S in (2048, 8192)), _llama(2, 8192, softcap=30.0, window=(4095, -1))),
+    "head-sizes": (
+        *(Case(2, 4096, 4096, 32, 8, D, causal=True, D_v=D_v) for D, D_v in ((64, None), (96, None), (128, None), (192, 128), (192, None))),
+        Case(2, 4096, 4096, 16, 4, 256, causal=True),
+    ),
+    "small-grids": (
+        Case(1, 256, 8192, 8, 1, 128, causal=True),
+        *(_llama(1, S) for S in (64, 128, 256, 512)),
+    ),
+    # For the metrics host and graph: the device is done before the host is
+    "tiny": (Case(1, 16, 16, 4, 2, 64, causal=True), Case(1, 16, 16, 4, 2, 128, causal=True), _llama(1, 128)),
 }

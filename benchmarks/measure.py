@@ -1,74 +1,109 @@
-"""Time on the GPU by events. Every call stands behind a flush of the L2 cache in the same stream, outside its events. The flush is made
-longer than the host needs for the call, so no launch latency is inside, and the inputs come from memory, not from the cache."""
+"""Contestants side by side: who runs when, what is kept of their samples, and the bounds that no sample may break."""
 
-import itertools
-import time
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from . import profiled
+from .clocks import Clocks
 
-class Flush:
-    """Writes twice the L2 cache, as often as it takes to keep the GPU busy for `microseconds`."""
-
-    def __init__(self) -> None:
-        self.buffer = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
-        self.buffer.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(10):
-            self.buffer.zero_()
-        end.record()
-        end.synchronize()
-        self.one_pass = start.elapsed_time(end) * 100
-
-    def __call__(self, microseconds: float) -> None:
-        for _ in range(1 + int(microseconds / self.one_pass)):
-            self.buffer.zero_()
+Function = Callable[[], object]
+# Calls longer than this are compared with a graph's: below, launch gaps and a warm cache decide. The tolerance is wide because a kernel may
+# take its tiles in another order while a graph is captured, as ours do; warm-up or flush counted along is far beyond it
+GRAPH_FROM_US = 100
+GRAPH_TOLERANCE = 0.15
 
 
-def host_us(function: Callable[[], object]) -> float:
-    """What the host needs to enqueue one call, while the device is free: the least of a few."""
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times) * 1e6
+class Implausible(RuntimeError):
+    """A time that the device cannot reach, or two methods that disagree."""
 
 
-def times_ms(function: Callable[[], object], flush: Flush, lead_us: float, repeats: int) -> list[float]:
-    """One time per call, in milliseconds."""
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    torch.cuda.synchronize()
-    for start, end in events:
-        flush(lead_us)
-        start.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
+@dataclasses.dataclass
+class Samples:
+    """Microseconds of one contestant, a list for each trial, and what the clocks said meanwhile."""
+
+    busy: list[list[float]] = dataclasses.field(default_factory=list)
+    span: list[list[float]] = dataclasses.field(default_factory=list)
+    kernels: set[int] = dataclasses.field(default_factory=set)
+    clocks: Clocks = dataclasses.field(default_factory=Clocks)
+    graph_over_busy: float | None = None
 
 
-def interleaved(functions: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, list[float]]:
-    """All contestants in every round, and over the rounds in every order: the card is limited by its power, and who runs behind a
-    contestant that draws little is faster for it. `rounds` is best a multiple of the number of orders."""
-    flush = Flush()
-    lead = {}
-    for name, function in functions.items():
-        function()
-        # The flush is over when the host has enqueued the call, with as much again to spare
-        lead[name] = 2 * host_us(function) + 100
-        times_ms(function, flush, lead[name], 3)
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    orders = itertools.cycle(itertools.permutations(functions))
-    for order in itertools.islice(orders, rounds):
+def orders(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """A B C, C B A, B C A, A C B, ...: everyone is first, last and beside everyone else; the card is limited by its power, and who runs
+    behind a contestant that draws little is faster for it."""
+    turn = 0
+    while True:
+        first = turn // 2 % len(names)
+        order = (*names[first:], *names[:first])
+        yield order if turn % 2 == 0 else order[::-1]
+        turn += 1
+
+
+def quantile(samples: Sequence[float], p: float) -> float:
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, round(p * (len(ordered) - 1)))]
+
+
+def spread(trials: Sequence[Sequence[float]]) -> float:
+    """How far the medians of the trials lie apart, as a part of their median."""
+    middles = [statistics.median(trial) for trial in trials]
+    return (max(middles) - min(middles)) / statistics.median(middles)
+
+
+def per_kernel(functions: dict[str, Function], rounds: int, repeats: int | None) -> dict[str, Samples]:
+    """A trial of every contestant in every round."""
+    flush = profiled.Flush()
+    samples = {name: Samples() for name in functions}
+    calls = {name: profiled.warm_up(function) for name, function in functions.items()}
+    leads = {name: profiled.lead_us(function) for name, function in functions.items()}
+    for order, _ in zip(orders(list(functions)), range(rounds), strict=False):
         for name in order:
-            samples[name] += times_ms(functions[name], flush, lead[name], repeats)
+            mine, count = samples[name], repeats or profiled.repeats_for(calls[name])
+            measured = profiled.checked_trial(functions[name], flush, leads[name], count, mine.clocks)
+            mine.busy.append([r.busy_ns / 1e3 for r in measured])
+            mine.span.append([r.span_ns / 1e3 for r in measured])
+            mine.kernels |= {r.kernels for r in measured}
+    for name, mine in samples.items():
+        if len(mine.kernels) != 1:
+            raise Implausible(f"{name}: the number of kernels differs between trials: {sorted(mine.kernels)}")
     return samples
 
 
-def quantile(samples: list[float], p: float) -> float:
-    ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, round(p * (len(ordered) - 1)))]
+def in_turns(functions: Mapping[str, Function], rounds: int, once: Callable[[Function], list[float]]) -> dict[str, list[list[float]]]:
+    """For each contestant a list of samples a round, by the method `once`."""
+    samples: dict[str, list[list[float]]] = {name: [] for name in functions}
+    for function in functions.values():
+        profiled.warm_up(function)
+    for order, _ in zip(orders(list(functions)), range(rounds), strict=False):
+        for name in order:
+            samples[name].append(once(functions[name]))
+    return samples
+
+
+def check_floor(name: str, times_us: Sequence[Sequence[float]], floor_us: float) -> None:
+    """No time lies below what memory and tensor cores allow."""
+    least = min(map(min, times_us))
+    if least < floor_us:
+        raise Implausible(f"{name}: {least:.2f} µs, the device needs at least {floor_us:.2f}: work is missing or was not recorded")
+
+
+def check_graph(name: str, mine: Samples, graph_us: Sequence[float]) -> None:
+    """The profiler's time and that of a graph's replay agree; where a call is long enough for that to mean something."""
+    busy = statistics.median([t for trial in mine.busy for t in trial])
+    mine.graph_over_busy = statistics.median(graph_us) / busy
+    if busy >= GRAPH_FROM_US and abs(mine.graph_over_busy - 1) > GRAPH_TOLERANCE:
+        raise Implausible(f"{name}: busy {busy:.1f} µs, in a CUDA graph {statistics.median(graph_us):.1f}: one of the two is wrong")
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream of our own is current, so that a graph can capture also a backward: it runs on the stream of its forward."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.synchronize()

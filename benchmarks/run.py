@@ -1,48 +1,84 @@
-"""Measures attention next to its peers in one process and appends a row per contestant to benchmarks/results/<gpu>/<op>.jsonl.
+"""Measures attention next to its peers in one process and appends a row per contestant and metric to benchmarks/results/<gpu>/<op>.jsonl.
 
     python -m benchmarks.run forward backward --cases first-mark --against cudnn fa2
 
-Each shape is first checked against float64 by the closeness rule on a short twin; a red check prints no number.
+takes the shapes of the set first-mark one after another. Of each it checks ours against float64 by the closeness rule on a short twin, and
+that every contestant gives the same numbers; a red check prints no number. Then the contestants take turns, A B, B A, ..., and a line says
+
+    forward  bf16-B4-q2048-kv2048-h32x8-d128-causal  busy: ours ..., cudnn ..., fa2 ... TFLOP/s
+
+Metrics are kept apart, each in rows of its own:
+    busy   time in which kernels of the call run, from the profiler's record of each; caches flushed (the headline)
+    span   from the first kernel's start to the last one's end, in the same trials
+    graph  a call in a CUDA graph of 20, by events; caches not flushed
+    host   time until a call returns, GPU not waited for; an eager user's backward, through autograd
+A contestant that is not installed, or can't compute a shape, is named with the reason and has no row. Nothing stands in for it.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import datetime
 import json
-import subprocess
 import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import gqa_autograd
 from gqa_autograd import testing
-from gqa_autograd.flops import visible_pairs
-from gqa_autograd.kernels import config
 from gqa_autograd.testing import Case
 
-from . import baselines, cases, measure
+from . import baselines, bounds, cases, measure, profiled
+from .baselines import Contestant
+from .progress import tracked
+from .rows import Row, described, environment, figures
+from .trace import Inconsistent
 
 RESULTS = Path(__file__).parent / "results"
+METRICS = ("busy", "span", "graph", "host")
+# Of bf16 results over standard normal inputs; another mask or layout gives 10 % and more
+AGREEMENT = 0.03
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ops", nargs="+", choices=("forward", "backward"), help="what to time")
-    parser.add_argument(
-        "--cases", nargs="+", default=["first-mark"], choices=sorted(cases.SETS), help="named sets of shapes (default: first-mark)"
+    add = parser.add_argument
+    add("ops", nargs="+", choices=("forward", "backward"), help="what to time")
+    add(
+        "--cases",
+        nargs="+",
+        default=["first-mark"],
+        choices=sorted(cases.SETS),
+        metavar="SET",
+        help="sets of shapes: %(choices)s [first-mark]",
     )
-    parser.add_argument("--against", nargs="*", default=["cudnn"], choices=sorted(set(baselines.CONTESTANTS) - {"ours"}), help="peers")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--rounds", type=int, default=6, help="how often the contestants take turns (default: 6)")
-    parser.add_argument("--repeats", type=int, default=10, help="calls per turn (default: 10)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows (default: benchmarks/results)")
-    parser.add_argument("--commit", help="commit of this tree, where git can't tell it")
-    return parser.parse_args()
+    add("--against", nargs="*", choices=baselines.PEERS, metavar="PEER", help="peers: %(choices)s [all that are installed]")
+    add("--metric", nargs="+", default=["busy"], choices=METRICS, metavar="METRIC", help="any of %(choices)s [busy]")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="[%(default)s]")
+    add("--rounds", type=int, default=4, help="trials of each contestant; best a multiple of twice the contestants [%(default)s]")
+    add("--repeats", type=int, help="calls in a trial [as many as take 100 ms, 10 to 200]")
+    add("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the rows go [benchmarks/results]")
+    add("--commit", help="commit of this tree, where git can't tell it")
+    options = parser.parse_args(argv)
+    if options.rounds < 1 or (options.repeats is not None and options.repeats < 1):
+        parser.error("--rounds and --repeats must be at least 1")
+    return options
+
+
+def present(wanted: list[str] | None, say: Callable[[str], None]) -> list[str]:
+    """Ours and the peers that are installed; each of the others in a line."""
+    found = ["ours"]
+    for name in baselines.PEERS if wanted is None else wanted:
+        module = baselines.missing(name)
+        found += [name] * (module is None)
+        if module is not None:
+            say(f"{name}: not installed (no module {module}), no rows")
+    return found
 
 
 def error_ratio(case: Case, op: str) -> float:
@@ -50,77 +86,112 @@ def error_ratio(case: Case, op: str) -> float:
     twin = dataclasses.replace(case, B=1, S_q=min(case.S_q, 777), S_kv=min(case.S_kv, 777))
     tensors = testing.make(twin, "cuda")
     names = ("out",) if op == "forward" else ("dq", "dk", "dv")
-    if op == "forward":
-        with torch.no_grad():
-            mine = {"out": gqa_autograd.attention(*tensors[:3], **twin.options)}
-    else:
-        mine = testing.ours(twin, *tensors)._asdict()
+    with testing.poisoned():
+        if op == "forward":
+            with torch.no_grad():
+                mine = {"out": gqa_autograd.attention(*tensors[:3], **twin.options)}
+        else:
+            mine = testing.ours(twin, *tensors)._asdict()
     plain, exact = testing.plain(twin, *tensors)._asdict(), testing.exact(twin, *tensors)._asdict()
     for name in names:
-        testing.assert_no_worse(mine[name], plain[name], exact[name], name)
+        testing.assert_no_worse(mine[name], plain[name], exact[name], name, softcap=case.softcap > 0)
     error = lambda x, name: (x[name].double() - exact[name]).abs().max()  # noqa: E731
     return max((error(mine, name) / error(plain, name)).item() for name in names)
 
 
-def environment(commit: str | None) -> dict[str, object]:
-    def output(*command: str) -> str | None:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    try:
-        from tilelang import __version__ as tilelang
-    except ImportError:
-        tilelang = None
-    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    software = {"driver": driver, "cuda": torch.version.cuda, "torch": torch.__version__, "tilelang": tilelang}
-    changes = output("git", "status", "--porcelain", "-uno")
-    # Outside a checkout nobody can tell
-    dirty = None if changes is None else bool(changes)
-    tree = {"commit": commit or output("git", "rev-parse", "--short", "HEAD"), "dirty": dirty}
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"gpu": torch.cuda.get_device_name(), **software, **tree, "date": now}
-
-
-def sm_mhz(function: Callable[[], object]) -> int | None:
-    """The SM clock while `function` keeps the GPU busy; None where NVML's Python bindings are missing."""
-    for _ in range(50):
-        function()
-    try:
-        return torch.cuda.clock_rate()
-    except (ImportError, RuntimeError):
-        return None
-    finally:
-        torch.cuda.synchronize()
-
-
-def flops(case: Case, op: str) -> float:
-    """4 D FLOPs a visible pair and query head; a backward has five products where a forward has two."""
-    forward = 4 * case.B * case.H_q * case.D * visible_pairs(case.S_q, case.S_kv, *case.formula[:2])
-    return forward if op == "forward" else 2.5 * forward
-
-
-def described(case: Case) -> dict[str, object]:
-    sizes = {name: getattr(case, name) for name in ("B", "S_q", "S_kv", "H_q", "H_kv", "D")}
-    return {**sizes, "D_v": case.D, "causal": case.causal, "window": None, "softcap": 0.0, "lse": False, "varlen": None}
-
-
-def rows(case: Case, op: str, names: list[str], args: argparse.Namespace, common: dict[str, object]) -> list[dict[str, object]]:
-    """A row for each contestant, all measured in turns."""
-    ratio = error_ratio(case, op)
+def made(case: Case, op: str, names: list[str], say: Callable[[str], None]) -> dict[str, Contestant]:
+    """The contestants that compute this case; why the others don't, in a line each."""
     tensors = testing.make(case, "cuda")
-    contestants = {name: baselines.CONTESTANTS[name](case, *tensors) for name in names}
-    samples = measure.interleaved({name: getattr(c, op) for name, c in contestants.items()}, args.rounds, args.repeats)
-    clock = sm_mhz(getattr(contestants["ours"], op))
-    measured = []
-    for name, times in samples.items():
-        row = {"op": op, "contestant": name, "case": described(case), "dtype": args.dtype, "deterministic": False}
-        row |= {"ms": {f"p{p}": round(measure.quantile(times, p / 100), 5) for p in (10, 50, 90)}}
-        row |= {"tflops": round(flops(case, op) / measure.quantile(times, 0.5) / 1e9, 1), "metric": "span", "samples": len(times)}
-        row |= {"error_ratio": round(ratio, 3)} if name == "ours" else {}
-        measured.append({**row, "sm_mhz": clock, "peer_version": contestants[name].version, **common})
-    return measured
+    found = {}
+    for name in names:
+        try:
+            found[name] = baselines.CONTESTANTS[name](case, op, *tensors)
+        except (baselines.NoRow, NotImplementedError) as reason:
+            say(f"{name}: no row for {op} {case}: {reason}")
+        except Exception as error:  # whatever stops a peer must not stop the others; ours has no excuse
+            if name == "ours":
+                raise
+            say(f"{name}: no row for {op} {case}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    return found
+
+
+def results(contestant: Contestant, op: str) -> tuple[Tensor, ...]:
+    """out, or dq, dk and dv, as [B, S, H, D]."""
+    if op == "forward":
+        outputs: tuple[Tensor, ...] = (contestant.forward(),)
+    else:
+        assert contestant.backward is not None
+        outputs = contestant.backward()
+    return tuple(t.transpose(1, 2) if contestant.bhsd else t for t in outputs)
+
+
+def agreeing(contestants: dict[str, Contestant], op: str, say: Callable[[str], None]) -> dict[str, Contestant]:
+    """Those whose results are the first one's: the same mask, scale and layout. Ours is first where it has a kernel."""
+    expected: tuple[Tensor, ...] | None = None
+    found = {}
+    for name, contestant in contestants.items():
+        mine = results(contestant, op)
+        expected = mine if expected is None else expected
+        distance = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(mine, expected, strict=True))
+        # NaN is no agreement
+        if distance <= AGREEMENT:
+            found[name] = contestant
+        else:
+            say(f"{name}: no row: its {op} is {distance:.1%} away from that of {next(iter(contestants))}")
+    return found
+
+
+def measured(case: Case, op: str, contestants: dict[str, Contestant], args: argparse.Namespace) -> dict[str, list[Row]]:
+    """The figures of each contestant, a row for each metric that was asked for."""
+    functions = {name: getattr(c, op) for name, c in contestants.items()}
+    found: dict[str, list[Row]] = {name: [] for name in contestants}
+    if {"busy", "span"} & set(args.metric):
+        for name, samples in measure.per_kernel(functions, args.rounds, args.repeats).items():
+            measure.check_floor(name, samples.busy, bounds.floor_us(case, op, flushed=True))
+            measure.check_graph(name, samples, profiled.graph_us(functions[name], replays=3))
+            common = {
+                "kernels_per_call": min(samples.kernels),
+                "graph_over_busy": round(samples.graph_over_busy or 0, 3),
+                **samples.clocks.row(),
+            }
+            for metric, trials in (("busy", samples.busy), ("span", samples.span)):
+                found[name] += [{**figures(case, op, metric, trials), **common}] * (metric in args.metric)
+    if "graph" in args.metric:
+        for name, trials in measure.in_turns(functions, args.rounds, profiled.graph_us).items():
+            measure.check_floor(name, trials, bounds.floor_us(case, op, flushed=False))
+            found[name].append(figures(case, op, "graph", trials))
+    if "host" in args.metric:
+        # Every contestant of a backward has both
+        eager = {name: c.forward if op == "forward" else c.gradient or c.forward for name, c in contestants.items()}
+        for name, trials in measure.in_turns(eager, args.rounds, profiled.host_us).items():
+            found[name].append(figures(case, op, "host", trials))
+    return found
+
+
+def rows(case: Case, op: str, names: list[str], args: argparse.Namespace, common: Row, say: Callable[[str], None]) -> list[Row]:
+    """A row for each contestant and metric, all measured in turns."""
+    with measure.side_stream():
+        contestants = made(case, op, names, say)
+        ratio = {"error_ratio": round(error_ratio(case, op), 3)} if "ours" in contestants else {}
+        contestants = agreeing(contestants, op, say)
+        figures_of = measured(case, op, contestants, args) if contestants else {}
+    head = {"op": op, "case": described(case), "dtype": args.dtype, "deterministic": False}
+    return [
+        {**head, "contestant": name, **row, **(ratio if name == "ours" else {}), "peer_version": contestants[name].version, **common}
+        for name, several in figures_of.items()
+        for row in several
+    ]
+
+
+def summary(op: str, case: Case, found: list[Row]) -> list[str]:
+    """A line a metric."""
+    lines = []
+    for metric in dict.fromkeys(row["metric"] for row in found):
+        unit = "µs" if metric == "host" else "TFLOP/s"
+        mine = [row for row in found if row["metric"] == metric]
+        values = (f"{r['contestant']} {r['ms']['p50'] * 1e3 if metric == 'host' else r['tflops']:.1f}" for r in mine)
+        lines.append(f"{op:8} {case!s:48} {metric}: {', '.join(values)} {unit}")
+    return lines
 
 
 def main() -> int:
@@ -131,18 +202,25 @@ def main() -> int:
     common = {"run": uuid.uuid4().hex[:8], **environment(args.commit)}
     folder = args.results / str(common["gpu"]).removeprefix("NVIDIA ").lower().replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = getattr(torch, args.dtype)
-    for op in args.ops:
-        for case in (dataclasses.replace(case, dtype=dtype) for group in args.cases for case in cases.SETS[group]):
-            if op == "backward" and (case.D, case.D) not in config.D_BACKWARD:
-                print(f"{op} {case}: no kernel of ours, no row")
-                continue
-            measured = rows(case, op, ["ours", *args.against], args, common)
-            with (folder / f"{op}.jsonl").open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in measured)
-            print(f"{op:8} {case!s:48}", *(f"{row['contestant']} {row['tflops']:6.1f}" for row in measured), "TFLOP/s", flush=True)
-    return 0
+    dtype, failed = getattr(torch, args.dtype), 0
+    work = [(op, dataclasses.replace(case, dtype=dtype)) for op in args.ops for group in args.cases for case in cases.SETS[group]]
+    steps, say = tracked(list(dict.fromkeys(work)), "shape")
+    names = present(args.against, say)
+    for op, case in steps:
+        try:
+            found = rows(case, op, names, args, common, say)
+        except (Inconsistent, measure.Implausible, AssertionError) as error:
+            say(f"{op} {case}: ERROR, no rows: {error}")
+            failed += 1
+            continue
+        with (folder / f"{op}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
+        for line in summary(op, case, found):
+            say(line)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

@@ -29,7 +29,8 @@ def test_times_and_rates_agree():
     for _, row in ROWS:
         if "ms" in row:
             assert 0 < row["ms"]["p10"] <= row["ms"]["p50"] <= row["ms"]["p90"]
-            # Above the dense peak of the data sheet a figure is a mistake
+        # Above the dense peak of the data sheet a figure is a mistake; time on the host has no rate
+        if "ms" in row and row["metric"] != "host":
             assert 0 < row["tflops"] < 990
         if row["op"] in ("forward", "backward") and row["contestant"] == "ours":
             assert row["error_ratio"] <= 2

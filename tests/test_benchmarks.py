@@ -1,0 +1,248 @@
+"""The benchmark harness on a CPU: what is made of the trials; bounds, orders, contestants, rows, table, plot and help."""
+
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gqa_autograd
+from benchmarks import baselines, bounds, cases, measure, plot, profiled, progress, rows, run, table, trace
+from benchmarks.trace import Inconsistent, NoDeviceActivity
+from gqa_autograd import testing
+from gqa_autograd.testing import Case
+
+
+def test_a_trial_is_repeated_twice_and_then_an_error(monkeypatch):
+    """Faults: no repetition; a fourth; a want of CUPTI repeated."""
+    results, good = [], [trace.Repetition(1, 1, 1)]
+
+    def trial(*_):
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(profiled, "trial", trial)
+    results[:] = [Inconsistent("1"), Inconsistent("2"), good]
+    assert profiled.checked_trial(None, None, 0, 1) == good
+    results[:] = [Inconsistent("1"), Inconsistent("2"), Inconsistent("3"), good]
+    with pytest.raises(Inconsistent, match="3"):
+        profiled.checked_trial(None, None, 0, 1)
+    results[:] = [NoDeviceActivity("none"), good]
+    with pytest.raises(NoDeviceActivity):
+        profiled.checked_trial(None, None, 0, 1)
+
+
+# --- bounds, orders, statistics ---
+def test_orders_put_everyone_everywhere():
+    taken = list(itertools.islice(measure.orders("ABC"), 6))
+    assert taken[:2] == [("A", "B", "C"), ("C", "B", "A")]
+    assert set(taken) == set(itertools.permutations("ABC"))
+    assert list(itertools.islice(measure.orders("AB"), 2)) == [("A", "B"), ("B", "A")]
+
+
+def test_flops():
+    """2 (D + D_v) a visible pair forward; backward 2.5 times that for D = D_v, else 2 (3 D + 2 D_v)."""
+    case = Case(2, 64, 64, 4, 2, 128)
+    assert bounds.flops(case, "forward") == 4 * 128 * 64 * 64 * 2 * 4
+    assert bounds.flops(case, "backward") == 2.5 * bounds.flops(case, "forward")
+    mla = Case(1, 10, 10, 1, 1, 192, causal=True, D_v=128)
+    assert bounds.flops(mla, "forward") == 2 * (192 + 128) * 55
+    assert bounds.flops(mla, "backward") == 2 * (3 * 192 + 2 * 128) * 55
+
+
+def test_bytes_read_leaves_out_what_nobody_sees():
+    decode = Case(1, 1, 1000, 8, 2, 128, causal=True)
+    assert bounds.bytes_read(decode, "forward") == 2 * (8 * 128 + 1000 * 2 * 2 * 128)
+    windowed = Case(1, 1, 1000, 8, 2, 128, causal=True, window=(99, -1))
+    assert bounds.bytes_read(windowed, "forward") == 2 * (8 * 128 + 100 * 2 * 2 * 128)
+
+
+def test_a_time_below_the_floor_is_an_error():
+    case = Case(1, 8192, 8192, 32, 8, 128, causal=True)
+    floor = bounds.floor_us(case, "forward", flushed=True)
+    assert floor == pytest.approx(bounds.flops(case, "forward") / 990e6)
+    measure.check_floor("ours", [[floor * 1.1], [floor * 1.2]], floor)
+    with pytest.raises(measure.Implausible, match="at least"):
+        measure.check_floor("ours", [[floor * 1.1], [floor * 1.2, floor * 0.99]], floor)
+
+
+def test_a_graph_that_disagrees_is_an_error():
+    samples = measure.Samples(busy=[[200.0, 201.0, 202.0]])
+    measure.check_graph("ours", samples, [205.0])
+    assert samples.graph_over_busy == pytest.approx(205 / 201)
+    with pytest.raises(measure.Implausible, match="CUDA graph"):
+        measure.check_graph("ours", samples, [100.0])
+    measure.check_graph("ours", measure.Samples(busy=[[5.0]]), [8.0])
+
+
+def test_figures():
+    case = Case(1, 1024, 1024, 8, 2, 128, causal=True)
+    row = rows.figures(case, "forward", "busy", [[10.0, 11.0, 12.0], [12.0, 13.0, 14.0]])
+    assert row["ms"] == {"p10": 0.01, "p50": 0.012, "p90": 0.013}
+    assert (row["samples"], row["trials"], row["spread"]) == (6, 2, round(2 / 12, 4))
+    assert row["tflops"] == pytest.approx(bounds.flops(case, "forward") / 12e-6 / 1e12, rel=1e-3)
+    assert "tflops" not in rows.figures(case, "forward", "host", [[10.0]])
+
+
+# --- cases, contestants, the command ---
+def test_sets():
+    assert len(cases.SETS["peers"]) == 13
+    assert all(len(set(group)) == len(group) for group in cases.SETS.values())
+    assert [case.S_q for case in cases.SETS["lengths"]] == list(cases.PLOTTED)
+    assert all(case.B * case.S_q == 16384 for case in cases.SETS["lengths"][:-1])
+
+
+def test_absent_peers_are_named(monkeypatch):
+    monkeypatch.setattr(baselines, "missing", lambda name: "flash_attn.cute" if name == "fa4" else None)
+    said = []
+    assert run.present(["cudnn", "fa4"], said.append) == ["ours", "cudnn"]
+    assert said == ["fa4: not installed (no module flash_attn.cute), no rows"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 50, 70, 4, 2, 16, causal=True, window=(13, -1), softcap=20.0, dtype=torch.float32),
+        Case(1, 64, 64, 4, 2, 16, window=(7, 5), scale=0.3, dtype=torch.float32),
+        Case(2, 30, 20, 2, 2, 16, dtype=torch.float32, D_v=32),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_flex_computes_the_case(monkeypatch, case):
+    """Mask and score function, not compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    tensors = testing.make(case)
+    out = baselines.flex(case, "forward", *tensors).forward().transpose(1, 2)
+    torch.testing.assert_close(out.double(), testing.exact(case, *tensors).out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "fa2"])
+def test_what_a_peer_cannot_do_is_no_row(name):
+    said = []
+    windowed = Case(1, 64, 64, 2, 1, 64, causal=True, window=(7, -1))
+    with pytest.raises(baselines.NoRow, match="no window"):
+        baselines.CONTESTANTS[name](windowed, "forward", *[torch.empty(0)] * 4)
+    with pytest.raises(baselines.NoRow, match="top-left"):
+        baselines.cudnn(Case(1, 8, 64, 2, 1, 64, causal=True), "forward", *[torch.empty(0)] * 4)
+    assert said == []
+
+
+def test_a_contestant_that_computes_something_else_has_no_row():
+    case, said = Case(1, 33, 33, 4, 2, 16, causal=True, dtype=torch.float32), []
+    q, k, v, do = (torch.randn(1, 33, H, 16) for H in (4, 2, 2, 4))
+    right = baselines.ours(case, "backward", q, k, v, do)
+    full = baselines.ours(Case(1, 33, 33, 4, 2, 16, dtype=torch.float32), "backward", q, k, v, do)
+    other = right._replace(backward=lambda: tuple(t.transpose(1, 2) for t in right.backward()), bhsd=True)
+    kept = run.agreeing({"ours": right, "full": full, "other": other}, "backward", said.append)
+    assert list(kept) == ["ours", "other"]
+    assert len(said) == 1
+    assert said[0].startswith("full: no row")
+    operator, eager = right.backward(), right.gradient()
+    for a, b in zip(operator, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_help_explains_itself():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.run", "--help"], capture_output=True, text=True, check=True)
+    for word in (
+        "python -m benchmarks.run forward backward --cases first-mark",
+        "busy",
+        "graph",
+        "host",
+        "--against",
+        "--metric",
+        "--rounds",
+    ):
+        assert word in done.stdout
+
+
+def test_progress_without_tqdm(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    steps, say = progress.tracked(["a", "b"], "shape")
+    for step in steps:
+        say(f"done {step}")
+    assert capsys.readouterr().out.splitlines() == ["shape 1 of 2", "done a", "shape 2 of 2", "done b"]
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """Everything of a run but the times: contestants on the CPU, each call 3 ms in 2 kernels."""
+    make, repetition = testing.make, trace.Repetition(3_000_000, 3_100_000, 2)
+    monkeypatch.setattr(testing, "make", lambda case, device="cpu", seed=0: make(case, "cpu", seed))
+    monkeypatch.setattr(measure, "side_stream", contextlib.nullcontext)
+    monkeypatch.setattr(measure.Clocks, "row", lambda self: {"sm_mhz": 1980, "mem_mhz": 3201, "watts": 500})
+    times = {
+        "Flush": lambda: None,
+        "warm_up": lambda f: 100.0,
+        "lead_us": lambda f: 0.0,
+        "graph_us": lambda f, replays=10: [3050.0] * replays,
+    }
+    times |= {"checked_trial": lambda f, flush, lead, count, clocks: [repetition] * count, "host_us": lambda f: [40.0, 41.0]}
+    for name, value in times.items():
+        monkeypatch.setattr(profiled, name, value)
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_rows(without_gpu, op):
+    """From the contestants to the rows; fa2 has a body for CPUs too."""
+    args = run.arguments([op, "--metric", *run.METRICS, "--rounds", "2", "--repeats", "5"])
+    case, said = Case(1, 64, 64, 4, 4, 32, causal=True, dtype=torch.float32), []
+    found = run.rows(case, op, ["ours", "fa2"], args, {"run": "r", "gpu": "NVIDIA H200"}, said.append)
+    assert said == []
+    assert [(row["contestant"], row["metric"]) for row in found] == list(itertools.product(("ours", "fa2"), run.METRICS))
+    busy, span, graph, host = found[:4]
+    assert (busy["ms"]["p50"], span["ms"]["p50"], graph["ms"]["p50"], host["ms"]["p50"]) == (3.0, 3.1, 3.05, 0.041)
+    assert (busy["samples"], busy["trials"], busy["kernels_per_call"], busy["sm_mhz"]) == (10, 2, 2, 1980)
+    assert busy["graph_over_busy"] == round(3.05 / 3, 3)
+    assert [("error_ratio" in row) for row in found] == [True] * 4 + [False] * 4
+    assert json.loads(json.dumps(busy))["case"] == rows.described(case)
+    assert [line.split()[2] for line in run.summary(op, case, found)] == [f"{metric}:" for metric in run.METRICS]
+
+
+def test_a_wrong_result_prints_no_number(without_gpu, monkeypatch):
+    """Fault: the gate left out."""
+    args = run.arguments(["forward"])
+    right = gqa_autograd.attention
+    monkeypatch.setattr(gqa_autograd, "attention", lambda *x, **options: right(*x, **{**options, "causal": False}))
+    with pytest.raises(AssertionError, match="out: max error"):
+        run.rows(Case(1, 64, 64, 4, 4, 32, causal=True), "forward", ["ours"], args, {}, lambda line: None)
+
+
+# --- what is made of the rows ---
+def write(folder, op, runs):
+    """runs: (id, metric, set, contestants)."""
+    folder.mkdir(exist_ok=True)
+    lines = [
+        {"op": op, "contestant": who, "run": name, "metric": metric, "case": rows.described(case), "dtype": "bfloat16"}
+        | {"tflops": 100.0 + number, "gpu": "NVIDIA H200", "commit": name, "peer_version": "9.19.0"}
+        for number, (name, metric, group, contestants) in enumerate(runs)
+        for case in cases.SETS[group]
+        for who in contestants
+    ]
+    (folder / f"{op}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_table_takes_the_newest_whole_run_of_the_newest_metric(tmp_path):
+    both = ("ours", "cudnn")
+    old, new = ("old", "span", "first-mark", both), ("new", "busy", "first-mark", both)
+    write(tmp_path, "forward", [old])
+    assert {row["run"] for row in table.newest("forward", tmp_path)} == {"old"}
+    write(tmp_path, "forward", [new, old, ("part", "busy", "window", both), ("alone", "busy", "first-mark", ("ours",))])
+    assert {row["run"] for row in table.newest("forward", tmp_path)} == {"new"}
+    assert table.tflops(table.newest("forward", tmp_path), 4, 2048, "ours") == 100
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "rows", "forward", [("a", "busy", "lengths", ("ours", "fa2")), ("b", "busy", "lengths", ("ours", "cudnn"))])
+    drawn = plot.curves(table.newest("forward", tmp_path / "rows", cases.SETS["lengths"], ["ours"]))
+    assert {name: lengths for name, (lengths, _) in drawn.items()} == {name: list(cases.PLOTTED) for name in ("ours", "cudnn")}
+    assert plot.main(["--results", str(tmp_path / "rows"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "forward_tflops.png").stat().st_size > 5000
+    assert not (tmp_path / "backward_tflops.png").exists()
