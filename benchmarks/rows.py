@@ -49,8 +49,8 @@ def environment(commit: str | None) -> Row:
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     software = {"driver": driver, "cuda": torch.version.cuda, "torch": torch.__version__, "tilelang": tilelang}
     changes = output("git", "status", "--porcelain", "-uno")
-    # Outside a checkout nobody can tell
-    dirty = None if changes is None else bool(changes)
+    # Outside a checkout nobody can tell, and who names the commit says that git can't
+    dirty = None if commit or changes is None else bool(changes)
     tree = {"commit": commit or output("git", "rev-parse", "--short", "HEAD"), "dirty": dirty}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"gpu": torch.cuda.get_device_name(), **software, **tree, "date": now}
