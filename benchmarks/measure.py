@@ -11,10 +11,11 @@ from . import profiled
 from .clocks import Clocks
 
 Function = Callable[[], object]
-# Calls longer than this are compared with a graph's: below, launch gaps and a warm cache decide. The tolerance is wide because a kernel may
-# take its tiles in another order while a graph is captured, as ours do; warm-up or flush counted along is far beyond it
+# Calls longer than this are compared with a graph's: below, launch gaps and a warm cache decide. The check is for gross faults, warm-up or
+# a flush counted along, which double a time. Calls back to back in a graph draw more power than calls behind a flush, and the card then
+# lowers its clock: cuDNN at 2 x 4096 took 1.15 times as long, ours up to 1.13; ours also takes its tiles in another order while captured
 GRAPH_FROM_US = 100
-GRAPH_TOLERANCE = 0.15
+GRAPH_TOLERANCE = 0.3
 
 
 class Implausible(RuntimeError):

@@ -63,7 +63,7 @@ def axes(entry: Entry) -> dict[str, Any]:
     tile = entry.tile
     found = {"dtype": entry.dtype, "option": entry.option}
     if entry.family == "forward":
-        return found | {"sizes": (tile.D, tile.D_v), "mask": tile.mask, "softcap": tile.softcap}
+        return found | {"sizes": (tile.D, tile.D_v), "mask": tile.mask, "softcap": tile.softcap, "block_M": tile.block_M}
     return found | {"sizes": (tile.D, tile.D)} | ({"causal": tile.causal} if entry.family == "backward" else {})
 
 
@@ -86,7 +86,8 @@ def chosen(config: pytest.Config) -> dict[str, Entry]:
 
 def _sources() -> str:
     """The text that the code depends on: the kernels' files, TileLang's version, and how we lower."""
-    files = [*sorted(KERNELS.glob("*.py")), Path(inspect.getfile(lower))]
+    # The tile itself is part of the key, the other tiles are not
+    files = [*(file for file in sorted(KERNELS.glob("*.py")) if file.name != "config.py"), Path(inspect.getfile(lower))]
     text = "".join(file.read_text(encoding="utf-8") for file in files)
     return hashlib.sha256(f"{importlib.metadata.version('tilelang')}{text}".encode()).hexdigest()
 
