@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Forward(NamedTuple):
-    """Tile of the forward kernel: block_M queries, 64 for each of 2 or 3 consumer warpgroups, by block_N keys in rings of `stages`.
+    """Tile of the forward kernel: block_M queries (64 a consumer warpgroup) by block_N keys, K and V in a ring of `stages` buffers.
     mask: "full", "causal" or "window", whose sides are run-time values.
     own_staging: the output leaves from shared memory of its own; without, from Q's, whose next load then waits for the store.
     skip_rescale: leave the output as it is where no maximum moved: the same bits, faster; at D 256 it would spill registers."""
@@ -33,18 +33,18 @@ class Backward(NamedTuple):
     stages: int
 
 
-# (D, D_v): (block_M, block_N) for causal, full and window, for any of them with a softcap, which needs registers; own_staging, skip_rescale
+# (D, D_v): block_N for causal, full and window, for any of them with a softcap, which needs registers; own_staging, skip_rescale
 _FORWARD = {
-    (64, 64): ((192, 128), (192, 128), (128, 128), (128, 128), True, True),
-    (96, 96): ((128, 128), (128, 128), (128, 128), (128, 128), True, True),
-    (128, 128): ((128, 128), (128, 160), (128, 128), (128, 128), True, True),
-    (192, 128): ((128, 112), (128, 112), (128, 112), (128, 112), True, True),
-    (192, 192): ((128, 112), (128, 112), (128, 96), (128, 96), False, False),
-    (256, 256): ((128, 80), (128, 80), (128, 64), (128, 64), False, False),
+    (64, 64): (128, 128, 128, 128, True, True),
+    (96, 96): (128, 128, 128, 128, True, True),
+    (128, 128): (128, 160, 128, 128, True, True),
+    (192, 128): (112, 112, 112, 112, True, True),
+    (192, 192): (112, 112, 112, 96, False, False),
+    (256, 256): (80, 80, 64, 64, False, False),
 }
 MASKS = ("causal", "full", "window")
 FORWARD = {
-    (D, D_v, mask, softcap): Forward(D, D_v, mask, softcap, *(capped if softcap else size), 2, own_staging, skip_rescale)
+    (D, D_v, mask, softcap): Forward(D, D_v, mask, softcap, 128, capped if softcap else size, 2, own_staging, skip_rescale)
     for (D, D_v), (*sizes, capped, own_staging, skip_rescale) in _FORWARD.items()
     for mask, size in zip(MASKS, sizes, strict=True)
     for softcap in (False, True)

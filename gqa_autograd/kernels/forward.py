@@ -1,8 +1,8 @@
 """Dense GQA forward: S = scale Q K^T, or cap tanh(scale / cap Q K^T) with a softcap; O = softmax(S) V, LSE = ln sum exp S.
 
 Online softmax, arXiv:1805.02867 algorithm 3; warp-specialised and persistent. A thread block has one producer warp, which loads Q, K and V
-by TMA, and two or three consumer warpgroups of 64 queries each. They take turns at the tensor cores by named barriers, so that one's
-softmax runs under the others' products; the product with V of key block n - 1 is issued behind the product with K of block n and runs
+by TMA, and two consumer warpgroups of 64 queries each. They take turns at the tensor cores by two named barriers, so that the softmax of
+one runs under the products of the other; the product with V of key block n - 1 is issued behind the product with K of block n and runs
 under its softmax. A block takes tile after tile, longest first; the output leaves by TMA under the next tile's loads. Every tile does at
 least one, then fully masked, key block: so each load is waited for, and a query without keys gets out = 0 and lse = -inf. Under a window a
 tile does the key blocks from the first that its first query sees to the last of its last query; only those at the two edges are masked."""
@@ -21,11 +21,11 @@ from .build import Program, kernel
 from .config import Forward
 
 ROWS = 64
-# Registers a thread of the producer and of a consumer, by the number of consumer warpgroups: together what a block is launched with
-REGISTERS = {2: (24, 240), 3: (32, 160)}
-# Named barriers: from TURN on they order the warpgroups at the tensor cores, two of them at each; from STAGED on each guards one's staging
-TURN, STAGED = 1, 4
-PAIR = 256
+CONSUMERS = 256
+THREADS = 384
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+# Named barriers: 1 and 2 order the warpgroups at the tensor cores, 3 and 4 guard each one's output staging
+TURN, STAGED = 1, 3
 
 # The tile counter lives in the module's own zero-initialised memory, one pair a slot; the last block to finish sets it back. So there is
 # no memset, and no allocation that a graph's memory pool could hand to somebody else. Slot -1 takes the tiles in a fixed order instead,
@@ -47,8 +47,6 @@ __device__ __forceinline__ void last_block_resets(int slot, int blocks) {{
 @tilelang.jit(pass_configs=tile.OWN_BARRIERS, target=tile.TARGET)
 def build(dtype, return_lse, D, D_v, mask, softcap, block_M, block_N, stages, own_staging, skip_rescale):
     B, S_q, S_kv, H_q, H_kv = (T.dynamic(name) for name in ("B", "S_q", "S_kv", "H_q", "H_kv"))
-    consumers = block_M // ROWS
-    producer_registers, consumer_registers = REGISTERS[consumers]
     # A stride can pass 2^31 elements; a length can't
     strides = {t: (*(T.dynamic(f"{t}_stride_{d}", "int64") for d in "bsh"), 1) for t in "QKVO"}
 
@@ -110,9 +108,7 @@ def build(dtype, return_lse, D, D_v, mask, softcap, block_M, block_N, stages, ow
             load(K, batch, (bottom(low) + count - 1) * block_N, kv_head, K_smem, bars.k_full, bars.k_empty, done)
             T.mbarrier_wait_parity(bars.q_empty, (turn % 2) ^ 1)
             T.tma_copy(Q[batch, row0 : row0 + ROWS, head, :], Q_smem[0], barrier=bars.q_full)
-            T.tma_copy(Q[batch, row0 + ROWS : row0 + 2 * ROWS, head, :], Q_smem[1], barrier=bars.q_full)
-            if consumers == 3:
-                T.tma_copy(Q[batch, row0 + 2 * ROWS : row0 + block_M, head, :], Q_smem[2], barrier=bars.q_full)
+            T.tma_copy(Q[batch, row0 + ROWS : row0 + block_M, head, :], Q_smem[1], barrier=bars.q_full)
             T.mbarrier_arrive(bars.q_full)
             # Asked for now, needed at the end of the tile: the counter's latency hides under the loads
             following = T.call_extern("int32", "gqa::next_tile", slot, turn + 1, blocks)
@@ -133,11 +129,11 @@ def build(dtype, return_lse, D, D_v, mask, softcap, block_M, block_N, stages, ow
         """Logits of key block n and the product of the block before with V, issued together; then the softmax."""
         before = ring - 1
         T.mbarrier_wait_parity(bars.k_full[ring % stages], (ring // stages) % 2)
-        T.sync_threads(TURN + w, PAIR)
+        T.sync_threads(TURN + w, CONSUMERS)
         T.wgmma_gemm(Q_smem, K_smem[ring % stages, :, :], frags.S, transpose_B=True, policy=tile.FULL_ROW, clear_accum=True)
         T.mbarrier_wait_parity(bars.v_full[before % stages], (before // stages) % 2)
         T.wgmma_gemm(frags.P, V_smem[before % stages, :, :], frags.O, policy=tile.FULL_ROW)
-        T.named_barrier_arrive(TURN + (w + 1) % consumers, PAIR)
+        T.named_barrier_arrive(TURN + 1 - w, CONSUMERS)
         T.wait_wgmma(1)
         if lead:
             T.mbarrier_arrive(bars.k_empty[ring % stages])
@@ -159,7 +155,7 @@ def build(dtype, return_lse, D, D_v, mask, softcap, block_M, block_N, stages, ow
 
     @T.macro
     def consumer(w, Q_smem, K_smem, V_smem, O_smem, tile_smem, bars, O_out, LSE, scale, cap, left, right, block, section):
-        T.set_max_nreg(consumer_registers, 1)
+        T.set_max_nreg(CONSUMER_REGISTERS, 1)
         S = T.alloc_fragment([ROWS, block_N], "float32")
         P = T.alloc_fragment([ROWS, block_N], dtype)
         O = T.alloc_fragment([ROWS, D_v], "float32")
@@ -189,9 +185,8 @@ def build(dtype, return_lse, D, D_v, mask, softcap, block_M, block_N, stages, ow
         logits = SimpleNamespace(
             scale_log2=scale_log2, inner=2 * tile.LOG2E * scale / cap if softcap else 0.0, left=left, right=right, low=bottom(low)
         )
-        # The last one opens the first one's turn
-        if w == consumers - 1:
-            T.named_barrier_arrive(TURN, PAIR)
+        if w == 1:
+            T.named_barrier_arrive(TURN, CONSUMERS)
         t = block
         while t < T.ceildiv(S_q, block_M) * H_q * B:
             locate(t, section, left, right, row0, head, batch, low, count)
@@ -292,27 +287,25 @@ def build(dtype, return_lse, D, D_v, mask, softcap, block_M, block_N, stages, ow
         section: T.int32,
         slot: T.int32,
     ):
-        with T.Kernel(blocks, threads=128 * (1 + consumers), prelude=tile.PRELUDE + COUNTER) as block:
+        with T.Kernel(blocks, threads=THREADS, prelude=tile.PRELUDE + COUNTER) as block:
             Q_0 = T.alloc_shared([ROWS, D], dtype)
             Q_1 = T.alloc_shared([ROWS, D], dtype)
             K_smem = T.alloc_shared([stages, block_N, D], dtype)
             V_smem = T.alloc_shared([stages, block_N, D_v], dtype)
-            Q_2 = T.alloc_shared([ROWS, D], dtype) if consumers == 3 else Q_1
-            T.annotate_layout({b: make_swizzled_layout(b) for b in (Q_0, Q_1, Q_2, K_smem, V_smem)})
+            T.annotate_layout({b: make_swizzled_layout(b) for b in (Q_0, Q_1, K_smem, V_smem)})
             if own_staging:
                 O_0 = T.alloc_shared([ROWS, D_v], dtype)
                 O_1 = T.alloc_shared([ROWS, D_v], dtype)
-                O_2 = T.alloc_shared([ROWS, D_v], dtype) if consumers == 3 else O_1
-                T.annotate_layout({b: make_swizzled_layout(b) for b in (O_0, O_1, O_2)})
+                T.annotate_layout({b: make_swizzled_layout(b) for b in (O_0, O_1)})
             tile_smem = T.alloc_shared([4], "int32")
             q_full = T.alloc_barrier(1)
-            q_empty = T.alloc_barrier(consumers)
+            q_empty = T.alloc_barrier(2)
             k_full = T.alloc_barrier([1] * stages)
-            k_empty = T.alloc_barrier([consumers] * stages)
+            k_empty = T.alloc_barrier([2] * stages)
             v_full = T.alloc_barrier([1] * stages)
-            v_empty = T.alloc_barrier([consumers] * stages)
+            v_empty = T.alloc_barrier([2] * stages)
             tile_full = T.alloc_barrier(1)
-            tile_empty = T.alloc_barrier(128 * consumers)
+            tile_empty = T.alloc_barrier(CONSUMERS)
             bars = SimpleNamespace(
                 q_full=q_full,
                 q_empty=q_empty,
@@ -325,18 +318,16 @@ def build(dtype, return_lse, D, D_v, mask, softcap, block_M, block_N, stages, ow
             )
             thread = T.get_thread_binding()
             if thread < 128:
-                T.set_max_nreg(producer_registers, 0)
+                T.set_max_nreg(PRODUCER_REGISTERS, 0)
                 if thread < 32:
                     if T.shuffle_elect(32):
-                        producer(Q, K, V, (Q_0, Q_1, Q_2), K_smem, V_smem, tile_smem, bars, left, right, block, blocks, section, slot)
+                        producer(Q, K, V, (Q_0, Q_1), K_smem, V_smem, tile_smem, bars, left, right, block, blocks, section, slot)
             else:
-                O_smem = (O_0, O_1, O_2) if own_staging else (Q_0, Q_1, Q_2)
+                O_smem = (O_0, O_1) if own_staging else (Q_0, Q_1)
                 if thread < 256:
                     consumer(0, Q_0, K_smem, V_smem, O_smem[0], tile_smem, bars, O, LSE, scale, cap, left, right, block, section)
-                elif thread < 384 or consumers == 2:
-                    consumer(1, Q_1, K_smem, V_smem, O_smem[1], tile_smem, bars, O, LSE, scale, cap, left, right, block, section)
                 else:
-                    consumer(2, Q_2, K_smem, V_smem, O_smem[2], tile_smem, bars, O, LSE, scale, cap, left, right, block, section)
+                    consumer(1, Q_1, K_smem, V_smem, O_smem[1], tile_smem, bars, O, LSE, scale, cap, left, right, block, section)
 
     return attention_fwd
 

@@ -108,7 +108,7 @@ DEFECTS = [
     ),
     Defect("no fence after the barriers are made", BACKWARD, r"tl::fence_barrier_init\(\);", ";", "proxy fence", says="barrier"),
     Defect("no barrier after the barriers are made", FORWARD, r"__syncthreads\(\);", ";", "race", says="initialisation"),
-    Defect("no barrier between staging and store", FORWARD, r"tl::__sync_thread_partial\(4, 128\);", ";", "race", nth=1),
+    Defect("no barrier between staging and store", FORWARD, r"tl::__sync_thread_partial\(3, 128\);", ";", "race", nth=1),
     Defect("lse is written past its end", FORWARD, r" LSE\[", " LSE[S_q * H_q + ", "out of bounds", says="argument 4"),
     Defect("more registers than there are", FORWARD, r"warpgroup_reg_dealloc<24>", "warpgroup_reg_dealloc<56>", "registers"),
     Defect("a register count that does not exist", FORWARD, r"warpgroup_reg_alloc<240>", "warpgroup_reg_alloc<236>", "registers"),
