@@ -56,9 +56,15 @@ def window(function: str, causal: bool, window: Sequence[int]) -> tuple[int, int
     for side, value in zip(("left", "right"), window, strict=True):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{function}: window {side} must be an int, got {value!r}")
-        if value < -1:
-            raise ValueError(f"{function}: window {side} must be at least 0, or -1 for unbounded, got {value}")
+    sides(function, *window)
     return window[0], (0 if causal else window[1])
+
+
+def sides(function: str, left: int, right: int) -> None:
+    """The sides of a window, also for an operator that is called by itself."""
+    if left < -1 or right < -1:
+        side, value = ("left", left) if left < -1 else ("right", right)
+        raise ValueError(f"{function}: window {side} must be at least 0, or -1 for unbounded, got {value}")
 
 
 def attention(function: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float) -> None:

@@ -73,12 +73,14 @@ def _scale(q: Tensor, s: Settings) -> float:
 def _checked(q: Tensor, k: Tensor, v: Tensor, settings: tuple) -> Settings:
     checked = Settings(*settings)
     checks.attention("attention", q, k, v, checked.scale, checked.softcap)
+    checks.sides("attention", checked.window_left, checked.window_right)
     return checked
 
 
 def _checked_bwd(do, q, k, v, out, lse, dlse, settings: tuple) -> Settings:
     checked = Settings(*settings)
     checks.attention("attention_bwd", q, k, v, checked.scale, checked.softcap)
+    checks.sides("attention_bwd", checked.window_left, checked.window_right)
     checks.attention_bwd("attention_bwd", do, q, v, out, lse, dlse)
     return checked
 

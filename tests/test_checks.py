@@ -87,6 +87,18 @@ def test_numbers(options, message, call):
         call(*qkv(), **options)
 
 
+@pytest.mark.parametrize(("left", "right", "side", "got"), [(-2, 0, "left", -2), (3, -5, "right", -5), (-7, -5, "left", -7)])
+def test_windows_of_raw_operators(left, right, side, got):
+    q, k, v = qkv()
+    message = f"window {side} must be at least 0, or -1 for unbounded, got {got}"
+    for op in (ops.attention_fwd, ops.attention_fwd_lse):
+        with refuses(ValueError, f"attention: {message}"):
+            op(q, k, v, left, right)
+    out, lse = ops.attention_fwd_lse(q, k, v)
+    with refuses(ValueError, f"attention_bwd: {message}"):
+        ops.attention_bwd(out, q, k, v, out, lse, None, left, right)
+
+
 @pytest.mark.parametrize("call", PUBLIC)
 @pytest.mark.parametrize(("options", "kind", "message"), WINDOWS.values(), ids=WINDOWS.keys())
 def test_windows(options, kind, message, call):
