@@ -357,8 +357,8 @@ def launch(
     out: Tensor,
     lse: Tensor | None,
     scale: float,
-    window: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window: tuple[int, int],
+    softcap: float,
 ) -> None:
     """Writes out [B, S_q, H_q, D_v] and, unless None, lse [B, H_q, S_q]."""
     device.require_hopper("attention", q.device)

@@ -167,7 +167,7 @@ int barrier_of(const void* address, Site site) {
 Agent agent_of(int barrier) { return barrier_agent(block_threads(), barrier); }
 bool fenced_init(int barrier) { return mbarriers[barrier].fenced; }
 
-uint32_t bytes_landed(int i, int bytes, Site) {
+uint32_t bytes_landed(int i, int bytes) {
   MBarrier& b = mbarriers[i];
   uint32_t count = b.phase + 1;
   b.bytes -= bytes;

@@ -26,7 +26,7 @@ struct Store {
   Site site;
 };
 
-// One thread's groups of stores, or of cp.asyncs: committed ones are numbered from 1
+// One thread's groups of stores: committed ones are numbered from 1
 struct Storer {
   Agent agent;
   std::vector<Store> open;
@@ -61,7 +61,7 @@ void land(Load& load) {
       memset(place, load.map.fill_nan ? 0xff : 0, size);
     bytes += size;
   });
-  load.counted = bytes_landed(load.barrier, bytes, load.site);
+  load.counted = bytes_landed(load.barrier, bytes);
   each_piece(load.map, load.shared, load.at, [&](uint32_t to, const char*, int size) { async_write_ends(to, size, load.counted); });
 }
 
@@ -93,7 +93,7 @@ Storer& storer(Site site) {
   return at->second;
 }
 
-const TensorMap& checked(const void* opaque, size_t shared, const int64_t*, int rank, Site site) {
+const TensorMap& checked(const void* opaque, size_t shared, int rank, Site site) {
   const TensorMap& map = *static_cast<const TensorMap*>(opaque);
   if (rank != map.rank) fail("tma", site, "%d coordinates for a tensor map of %d dimensions", rank, map.rank);
   if (shared == SIZE_MAX) fail("tma", site, "the address on the block's side is not in shared memory");
@@ -157,7 +157,7 @@ uint32_t all_but(size_t committed, int but) { return committed > size_t(but) ? c
 
 }  // namespace
 
-void reset_copies(int) {
+void reset_copies() {
   for (Load* load : loads) delete load;
   loads.clear();
   storers.clear();
@@ -167,13 +167,13 @@ void reset_copies(int) {
 void tma_load(const void* opaque, const void* barrier, void* shared, const int64_t* at, int rank) {
   Site site = EMU_SITE;
   size_t place = shared_offset(shared);
-  begin_load(checked(opaque, place, at, rank, site), barrier, place, at, site);
+  begin_load(checked(opaque, place, rank, site), barrier, place, at, site);
 }
 
 void tma_store(const void* opaque, const void* shared, const int64_t* at, int rank, bool add) {
   Site site = EMU_SITE;
   size_t place = shared_offset(shared);
-  begin_store(checked(opaque, place, at, rank, site), place, at, add, site);
+  begin_store(checked(opaque, place, rank, site), place, at, add, site);
 }
 
 void bulk_load(void* shared, const void* global, const void* barrier, uint32_t bytes) {

@@ -77,7 +77,9 @@ bool runnable(Fiber& fiber) {
   return true;
 }
 
-void complete(size_t which) {
+// The oldest pending operation; in a seeded schedule any of them
+void complete_one() {
+  size_t which = schedule == Schedule::seeded ? random_below(pending.size()) : 0;
   std::function<void()> run = std::move(pending[which]);
   pending.erase(pending.begin() + which);
   run();
@@ -117,7 +119,7 @@ bool round(std::vector<int>& warps, int threads) {
       if (failed()) return true;
     }
     while (schedule == Schedule::seeded && !pending.empty() && random_below(4) == 0) {
-      complete(random_below(pending.size()));
+      complete_one();
       ran = true;
     }
   }
@@ -202,8 +204,8 @@ bool run_block(Index index, const std::function<void()>& thread_body) {
   pending.clear();
   reset_shared();
   reset_barriers(threads, agents);
-  reset_copies(threads);
-  reset_products(threads, agents);
+  reset_copies();
+  reset_products(threads);
   start(threads, agents);
 
   std::vector<int> warps((threads + WARP - 1) / WARP);
@@ -214,13 +216,13 @@ bool run_block(Index index, const std::function<void()>& thread_body) {
     if (round(warps, threads)) {
       if (failed()) return false;
     } else if (!pending.empty()) {
-      complete(schedule == Schedule::seeded ? random_below(pending.size()) : 0);
+      complete_one();
     } else {
       report_deadlock(threads);
       return false;
     }
   }
-  while (!pending.empty()) complete(schedule == Schedule::seeded ? random_below(pending.size()) : 0);
+  while (!pending.empty()) complete_one();
   check_copies_at_exit(threads);
   check_products_at_exit(threads);
   return true;

@@ -19,7 +19,6 @@ struct Launch {
   Index grid, block;
   size_t shared_bytes;
   int registers;
-  bool has_products;
 };
 
 // Eager: an asynchronous operation is done when it is issued. Lazy: only when no thread can go on. Seeded: in random order, as the warps.

@@ -22,13 +22,13 @@ void clear_failure();
 
 void reset_shared();
 void reset_barriers(int threads, size_t agents);
-void reset_copies(int threads);
-void reset_products(int threads, size_t agents);
+void reset_copies();
+void reset_products(int threads);
 void check_copies_at_exit(int threads);
 void check_products_at_exit(int threads);
 
 // Shared memory. `at` is a byte offset; what an ordinary instruction, the async proxy or a copy in flight may do is checked here
-size_t shared_offset(const void* address);  // from the start of dynamic shared memory; fails if it is not shared
+size_t shared_offset(const void* address);  // from the start of dynamic shared memory; SIZE_MAX if it is not shared
 unsigned char* shared_at(size_t at);
 enum class Kind : uint8_t { nothing, ordinary, tma, copy };
 void ordinary_read(size_t at, size_t bytes, Site site);
@@ -44,8 +44,8 @@ void check_registers(const void* address, size_t bytes, bool write, Site site);
 void check_global(const void* address, size_t bytes, Site site, const char* what);
 
 // mbarriers
-int barrier_of(const void* address, Site site);            // its number; fails if it was never initialised
-uint32_t bytes_landed(int barrier, int bytes, Site site);  // the count of the phase that they complete, or help to
+int barrier_of(const void* address, Site site);  // its number; fails if it was never initialised
+uint32_t bytes_landed(int barrier, int bytes);   // the count of the phase that they complete, or help to
 Agent agent_of(int barrier);
 bool fenced_init(int barrier);
 

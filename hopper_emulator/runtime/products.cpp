@@ -187,7 +187,7 @@ struct BatchesRun : Condition {
 
 }  // namespace
 
-void reset_products(int threads, size_t) {
+void reset_products(int threads) {
   for (int g = 0; g <= threads / GROUP && g < MAX_WARPGROUPS; g++) {
     Warpgroup& group = groups[g];
     for (int t = 0; t < GROUP; t++) group.open[t].clear(), group.batches[t].clear(), group.busy[t].clear(), group.committed[t] = 0;
