@@ -94,9 +94,9 @@ def _config():
 
 @functools.cache
 def _forward():
-    from .kernels import forward
+    from .kernels import forward_launch
 
-    return forward
+    return forward_launch
 
 
 def _cuda_forward(q: Tensor, v: Tensor, s: Settings):

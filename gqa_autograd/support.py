@@ -139,7 +139,7 @@ def _tiles(wanted: _Wanted) -> tuple:
 
 def _build(wanted: _Wanted) -> None:
     from .kernels import backward as backward_kernels
-    from .kernels import forward as forward_kernels
+    from .kernels import forward_launch as forward_kernels
 
     forward, backward = _tiles(wanted)
     for return_lse in (False, True):

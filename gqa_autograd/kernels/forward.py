@@ -7,18 +7,13 @@ under its softmax. A block takes tile after tile, longest first; the output leav
 least one, then fully masked, key block: so each load is waited for, and a query without keys gets out = 0 and lse = -inf. Under a window a
 tile does the key blocks from the first that its first query sees to the last of its last query; only those at the two edges are masked."""
 
-import functools
 from types import SimpleNamespace
 
 import tilelang
 import tilelang.language as T
-import torch
 from tilelang.layout import make_swizzled_layout
-from torch import Tensor
 
 from . import device, tile
-from .build import Program, kernel
-from .config import Forward
 
 ROWS = 64
 CONSUMERS = 256
@@ -330,57 +325,3 @@ def build(dtype, return_lse, D, D_v, mask, softcap, block_M, block_N, stages, ow
                     consumer(1, Q_1, K_smem, V_smem, O_smem[1], tile_smem, bars, O, LSE, scale, cap, left, right, block, section)
 
     return attention_fwd
-
-
-def program(cfg: Forward, dtype: torch.dtype, return_lse: bool) -> Program:
-    """The kernel of a configuration."""
-    return Program("attention_fwd", build, (str(dtype).removeprefix("torch."), return_lse, *cfg))
-
-
-@functools.cache
-def compiled(cfg: Forward, dtype: torch.dtype, return_lse: bool):
-    """The same, built at its first use."""
-    return kernel(program(cfg, dtype, return_lse))
-
-
-@functools.cache
-def executable(cfg: Forward, dtype: torch.dtype, return_lse: bool):
-    """What the compiled kernel calls in the end: TileLang's own wrapper around it takes 3 µs and checks what `launch` has settled."""
-    return compiled(cfg, dtype, return_lse).adapter.get_exportable_executable()
-
-
-def launch(
-    cfg: Forward,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    window: tuple[int, int],
-    softcap: float,
-) -> None:
-    """Writes out [B, S_q, H_q, D_v] and, unless None, lse [B, H_q, S_q]."""
-    device.require_hopper("attention", q.device)
-    B, S_q, H_q, D = q.shape
-    S_kv, H_kv = k.shape[1:3]
-    if out.numel() == 0:
-        return
-    if S_kv == 0:
-        out.zero_()
-        if lse is not None:
-            lse.fill_(-torch.inf)
-        return
-    if scale <= 0:
-        # The row maximum is taken before the scale, which must therefore be positive; negating q is exact
-        q, scale = q * (-1.0 if scale < 0 else 0.0), -scale or 1.0
-    blocks = min(-(-S_q // cfg.block_M) * H_q * B, device.multiprocessors(q.device))
-    # Query heads whose K and V together take about half of the L2 cache
-    section = max(1, min(B * H_kv, device.l2_bytes(q.device) // (4 * S_kv * (D + v.shape[3])))) * (H_q // H_kv)
-    # An open side reaches farther than any key; so far is enough for the widest of the others, too
-    far = S_q + S_kv
-    left, right = (far if side < 0 else min(side, far) for side in window) if cfg.mask == "window" else (far, far)
-    run = executable(cfg, q.dtype, lse is not None)
-    with device.current(q.device):
-        q, k, v = device.rows(q), device.rows(k), device.rows(v)
-        run(q, k, v, out, out if lse is None else lse, scale, softcap, left, right, blocks, section, device.slot(q.device))

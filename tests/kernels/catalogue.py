@@ -32,10 +32,10 @@ class Entry(NamedTuple):
 
     @property
     def program(self):
-        from gqa_autograd.kernels import backward, forward
+        from gqa_autograd.kernels import backward, forward_launch
 
         if self.family == "forward":
-            return forward.program(self.tile, self.dtype, self.option)
+            return forward_launch.program(self.tile, self.dtype, self.option)
         return backward.programs(self.tile, self.dtype, self.option)[("preprocess", "backward", "postprocess").index(self.family)]
 
     def __str__(self) -> str:

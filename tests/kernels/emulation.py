@@ -13,7 +13,7 @@ from catalogue import Entry
 from torch import Tensor
 
 from gqa_autograd import meta, testing
-from gqa_autograd.kernels import backward, device, forward
+from gqa_autograd.kernels import backward, device, forward_launch
 from gqa_autograd.testing import Case, Result
 from hopper_emulator import Code, Emulator
 
@@ -62,7 +62,7 @@ def emulated(machine: Machine, others: dict[Entry, Emulator] | None = None, chec
     }
     with (
         mock.patch.multiple(device, **facts),
-        mock.patch.object(forward, "executable", lambda cfg, dtype, lse: run(Entry("forward", cfg, dtype, lse))),
+        mock.patch.object(forward_launch, "executable", lambda cfg, dtype, lse: run(Entry("forward", cfg, dtype, lse))),
         mock.patch.object(backward, "compiled", backward_kernels),
         mock.patch.object(backward, "_workspace", _poisoned_workspace(backward._workspace)),
     ):
@@ -88,7 +88,7 @@ def attend(tile, q: Tensor, k: Tensor, v: Tensor, case: Case, return_lse: bool) 
     """out and lse, NaN where nothing was written; without return_lse, lse stays NaN."""
     left, right, scale, softcap = case.formula
     out, lse = (t.fill_(math.nan) for t in meta.attention_fwd_lse(q, k, v))
-    forward.launch(tile, q, k, v, out, lse if return_lse else None, scale, (left, right), softcap)
+    forward_launch.launch(tile, q, k, v, out, lse if return_lse else None, scale, (left, right), softcap)
     return out, lse
 
 

@@ -39,12 +39,12 @@ def test_every_backward_is_in_the_catalogue():
 def test_every_program_of_the_operators_is_in_the_catalogue():
     """What they build is a name and its arguments: a mask with a tile of its own would need a preprocess of its own in the catalogue."""
     pytest.importorskip("tilelang", reason="no tilelang here: the kernels were not lowered")
-    from gqa_autograd.kernels import backward, forward
+    from gqa_autograd.kernels import backward, forward_launch
 
     wanted = set()
     for dtype in (torch.bfloat16, torch.float16):
         for option in (False, True):
-            programs = [forward.program(tile, dtype, option) for tile in config.FORWARD.values()]
+            programs = [forward_launch.program(tile, dtype, option) for tile in config.FORWARD.values()]
             programs += [program for tile in config.BACKWARD.values() for program in backward.programs(tile, dtype, option)]
             wanted |= {(program.name, program.configuration) for program in programs}
     found = [(program.name, program.configuration) for program in (entry.program for entry in catalogue.entries().values())]
