@@ -1,14 +1,16 @@
 """Which configurations have a kernel, and their tiles: plain data, readable without tilelang. Tuned on an H200; no autotuning at run time.
 
-One kernel per configuration: dtype, D, causal or full, with LSE or without. Lengths, heads, strides and scale are run-time values, and no
-tile depends on a length, so a row of a batch has the same bits alone and in company."""
+One kernel per configuration: dtype, D, mask, form, with LSE or without. Lengths, heads, strides and scale are run-time values, and no
+tile depends on a length or on the batch, so a row of a batch has the same bits alone and in company."""
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
 class Forward(NamedTuple):
     """Tile of the forward kernel: block_M queries (64 a consumer warpgroup) by block_N keys, K and V in a ring of `stages` buffers.
-    mask: "full", "causal" or "window", whose sides are run-time values.
+    mask: "full", "causal" or "window", whose sides are run-time values. form: "dense", "packed" or "split" (forward.py).
     own_staging: the output leaves from shared memory of its own; without, from Q's, whose next load then waits for the store.
     skip_rescale: leave the output as it is where no maximum moved: the same bits, faster; at D 256 it would spill registers."""
 
@@ -16,6 +18,7 @@ class Forward(NamedTuple):
     D_v: int
     mask: str
     softcap: bool
+    form: str
     block_M: int
     block_N: int
     stages: int
@@ -33,22 +36,28 @@ class Backward(NamedTuple):
     stages: int
 
 
-# (D, D_v): block_N for causal, full and window, for any of them with a softcap, which needs registers; own_staging, skip_rescale
+# (D, D_v): block_N for causal, full and window; with a softcap, which needs registers, for any mask; for a window with a softcap;
+# own_staging, skip_rescale
 _FORWARD = {
-    (64, 64): (128, 128, 128, 128, True, True),
-    (96, 96): (128, 128, 128, 128, True, True),
-    (128, 128): (128, 160, 128, 128, True, True),
-    (192, 128): (112, 112, 112, 112, True, True),
-    (192, 192): (112, 112, 112, 96, False, False),
-    (256, 256): (80, 80, 64, 64, False, False),
+    (64, 64): (128, 128, 128, 128, 128, True, True),
+    (96, 96): (128, 128, 128, 128, 128, True, True),
+    (128, 128): (128, 160, 128, 128, 128, True, True),
+    (192, 128): (112, 112, 112, 112, 112, True, True),
+    (192, 192): (112, 112, 112, 96, 96, False, False),
+    (256, 256): (80, 80, 64, 64, 48, False, False),
 }
 MASKS = ("causal", "full", "window")
-FORWARD = {
-    (D, D_v, mask, softcap): Forward(D, D_v, mask, softcap, 128, capped if softcap else size, 2, own_staging, skip_rescale)
-    for (D, D_v), (*sizes, capped, own_staging, skip_rescale) in _FORWARD.items()
-    for mask, size in zip(MASKS, sizes, strict=True)
-    for softcap in (False, True)
-}
+FORMS = ("dense", "packed", "split")
+
+
+def _forwards(D: int, D_v: int) -> Iterator[Forward]:
+    causal, full, window, capped, both, *rest = _FORWARD[D, D_v]
+    sizes = {"causal": (causal, capped), "full": (full, capped), "window": (window, both)}
+    for mask, softcap, form in itertools.product(MASKS, (False, True), FORMS):
+        yield Forward(D, D_v, mask, softcap, form, 128, sizes[mask][softcap], 2, *rest)
+
+
+FORWARD = {(D, D_v, t.mask, t.softcap, t.form): t for D, D_v in _FORWARD for t in _forwards(D, D_v)}
 BACKWARD = {
     (64, True): Backward(64, True, 64, 128, 2),
     (64, False): Backward(64, False, 64, 128, 2),
@@ -67,13 +76,29 @@ def mask(window_left: int, window_right: int) -> str:
     return _KINDS.get((window_left, window_right), "window")
 
 
-def forward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float) -> Forward:
+def forward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float, packed: bool = False) -> Forward:
     """The tile of a forward; NotImplementedError names what there is."""
     # While tracing a size may be symbolic; a kernel's head sizes are constants of the graph
-    tile = FORWARD.get((int(D), int(D_v), mask(window_left, window_right), softcap > 0))
+    tile = FORWARD.get((int(D), int(D_v), mask(window_left, window_right), softcap > 0, "packed" if packed else "dense"))
     if tile is None:
         raise NotImplementedError(f"{function}: (D, D_v) on CUDA must be one of {D_FORWARD}, got {(int(D), int(D_v))}")
     return tile
+
+
+# A part of a split tile has at least so many key blocks: less would not pay for the merging
+_SMALLEST_PART = 4
+
+
+def parts(tile: Forward, S_q: int, S_kv: int, H_q: int, window: tuple[int, int], multiprocessors: int) -> int:
+    """Into how many parts the keys of a dense call are split, so that a few queries of few heads fill the device; 1 is not at all.
+
+    The batch is no argument: a row has the same bits alone and in company. So that training, where only the batch may fill the device,
+    is left alone, only a chunk of a longer sequence is split."""
+    if S_kv < 2 * S_q:
+        return 1
+    seen = S_kv if min(window) < 0 else min(S_kv, sum(window) + tile.block_M)
+    tiles = -(-S_q // tile.block_M) * H_q
+    return max(1, min(multiprocessors // tiles, seen // (_SMALLEST_PART * tile.block_N)))
 
 
 def backward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float, deterministic: bool) -> Backward:

@@ -23,7 +23,7 @@ KERNELS = Path(config.__file__).parent
 
 
 class Entry(NamedTuple):
-    """One kernel: family (forward, backward, preprocess, postprocess), tile, dtype, and whether it has the family's option (LSE, dLSE)."""
+    """One kernel: family (forward, combine, backward, preprocess, postprocess), tile, dtype, and has it the family's option (LSE, dLSE)?"""
 
     family: str
     tile: config.Forward | config.Backward
@@ -36,21 +36,31 @@ class Entry(NamedTuple):
 
         if self.family == "forward":
             return forward_launch.program(self.tile, self.dtype, self.option)
+        if self.family == "combine":
+            return forward_launch.combine_program(self.tile.D_v, self.dtype, self.option)
         return backward.programs(self.tile, self.dtype, self.option)[("preprocess", "backward", "postprocess").index(self.family)]
 
     def __str__(self) -> str:
         parts = [self.family, f"d{self.tile.D}"]
         if self.family == "forward":
             parts += [f"dv{self.tile.D_v}"] * (self.tile.D_v != self.tile.D) + [self.tile.mask] + ["softcap"] * self.tile.softcap
+            parts += [self.tile.form] * (self.tile.form != "dense")
         elif self.family == "backward":
             parts.append("causal" if self.tile.causal else "full")
-        option = {"forward": "lse", "preprocess": "dlse"}.get(self.family)
+        option = {"forward": "lse", "combine": "lse", "preprocess": "dlse"}.get(self.family)
         return "-".join([*parts, str(self.dtype).removeprefix("torch."), *[option] * self.option])
 
 
 def entries() -> dict[str, Entry]:
-    """All of them, each once: what doesn't depend on the mask is listed for one mask."""
-    found = [Entry("forward", tile, dtype, lse) for tile in config.FORWARD.values() for dtype in DTYPES for lse in (False, True)]
+    """All of them, each once: what doesn't depend on the mask is listed for one mask. Parts of a split forward always have their LSE."""
+    found = [
+        Entry("forward", tile, dtype, lse)
+        for tile in config.FORWARD.values()
+        for dtype in DTYPES
+        for lse in ((False, True) if tile.form != "split" else (True,))
+    ]
+    for tile in {D_v: config.FORWARD[D_v, D_v, "causal", False, "split"] for _, D_v in config.D_FORWARD}.values():
+        found += [Entry("combine", tile, dtype, lse) for dtype in DTYPES for lse in (False, True)]
     for tile in config.BACKWARD.values():
         for dtype in DTYPES:
             found += [Entry("backward", tile, dtype, False), Entry("postprocess", tile, dtype, False)]
@@ -63,7 +73,7 @@ def axes(entry: Entry) -> dict[str, Any]:
     tile = entry.tile
     found = {"dtype": entry.dtype, "option": entry.option}
     if entry.family == "forward":
-        return found | {"sizes": (tile.D, tile.D_v), "mask": tile.mask, "softcap": tile.softcap}
+        return found | {"sizes": (tile.D, tile.D_v), "mask": tile.mask, "softcap": tile.softcap, "form": tile.form}
     return found | {"sizes": (tile.D, tile.D)} | ({"causal": tile.causal} if entry.family == "backward" else {})
 
 

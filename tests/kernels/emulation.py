@@ -63,6 +63,7 @@ def emulated(machine: Machine, others: dict[Entry, Emulator] | None = None, chec
     with (
         mock.patch.multiple(device, **facts),
         mock.patch.object(forward_launch, "executable", lambda cfg, dtype, lse: run(Entry("forward", cfg, dtype, lse))),
+        mock.patch.object(forward_launch, "combine_executable", lambda D_v, dtype, lse: run(_merging(D_v, dtype, lse))),
         mock.patch.object(backward, "compiled", backward_kernels),
         mock.patch.object(backward, "_workspace", _poisoned_workspace(backward._workspace)),
     ):
@@ -72,6 +73,11 @@ def emulated(machine: Machine, others: dict[Entry, Emulator] | None = None, chec
 def _listed(entry: Entry) -> Entry:
     """The catalogue's own entry for a kernel that doesn't depend on the mask."""
     return catalogue.entries()[str(entry)]
+
+
+def _merging(D_v: int, dtype: torch.dtype, lse: bool) -> Entry:
+    (entry,) = (e for e in catalogue.entries().values() if (e.family, e.tile.D_v, e.dtype, e.option) == ("combine", D_v, dtype, lse))
+    return entry
 
 
 def _poisoned_workspace(original: Callable) -> Callable:

@@ -1,5 +1,6 @@
 """The catalogue has every kernel that config offers, and its code is what TileLang gives nvcc."""
 
+import itertools
 import json
 
 import catalogue
@@ -22,12 +23,15 @@ def test_names_are_unique():
     """entries() is a dictionary by name: two kernels of one name would be one of them. Read back as parts, each name is its entry."""
     names = [str(entry) for entry in catalogue.entries().values()]
     assert names == list(catalogue.entries())
-    assert len(set(names)) == 2 * (2 * len(config.FORWARD) + len(config.BACKWARD) + 3 * len(config.D_BACKWARD))
+    forwards = sum(1 if tile.form == "split" else 2 for tile in config.FORWARD.values())
+    merging = 2 * len({D_v for _, D_v in config.D_FORWARD})
+    assert len(set(names)) == 2 * (forwards + merging + len(config.BACKWARD) + 3 * len(config.D_BACKWARD))
 
 
 def test_every_forward_is_in_the_catalogue():
     found = {(entry.tile, entry.dtype, entry.option) for entry in catalogue.entries().values() if entry.family == "forward"}
-    wanted = {(tile, dtype, lse) for tile in config.FORWARD.values() for dtype in (torch.bfloat16, torch.float16) for lse in (False, True)}
+    wanted = set(itertools.product(config.FORWARD.values(), (torch.bfloat16, torch.float16), (False, True)))
+    wanted = {(tile, dtype, lse) for tile, dtype, lse in wanted if lse or tile.form != "split"}
     assert found == wanted
 
 
@@ -44,7 +48,8 @@ def test_every_program_of_the_operators_is_in_the_catalogue():
     wanted = set()
     for dtype in (torch.bfloat16, torch.float16):
         for option in (False, True):
-            programs = [forward_launch.program(tile, dtype, option) for tile in config.FORWARD.values()]
+            programs = [forward_launch.program(tile, dtype, option or tile.form == "split") for tile in config.FORWARD.values()]
+            programs += [forward_launch.combine_program(D_v, dtype, option) for _, D_v in config.D_FORWARD]
             programs += [program for tile in config.BACKWARD.values() for program in backward.programs(tile, dtype, option)]
             wanted |= {(program.name, program.configuration) for program in programs}
     found = [(program.name, program.configuration) for program in (entry.program for entry in catalogue.entries().values())]
