@@ -1,0 +1,75 @@
+"""What a call on CUDA decides from its shapes, strides, dtypes, alignment and numbers is decided once: the plan of a kind of call.
+
+The body of an operator makes plans, after all checks; so a bad call leaves none. `planned` finds one without the operator: the dispatcher,
+the checks and the defaults are half of the host time of a call. That is done only where nobody could see the difference.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import DispatchKey, Tensor
+from torch._C import DispatchKeySet
+from torch.autograd import forward_ad, profiler
+
+# Allocates the outputs and launches, given q, k and v of its kind. It keeps no tensor, and asks for stream and device itself
+Plan = Callable[[Tensor, Tensor, Tensor], Any]
+
+# Lengths that change from call to call make a plan each: one is about 2 kB
+LIMIT = 1024
+_plans: dict[tuple, Plan] = {}
+get = _plans.get
+_NUMBERS, _FLAGS = (float, int, type(None)), (bool, type(None))
+
+# The keys that a thread adds to every call when nothing watches; in inference mode the first alone
+_BACKEND, _VIEWS = DispatchKeySet(DispatchKey.BackendSelect), DispatchKeySet(DispatchKey.ADInplaceOrView)
+_QUIET = ((_BACKEND | _VIEWS).raw_repr(), _BACKEND.raw_repr())
+
+
+def kind(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float | None, softcap: float, with_lse: bool) -> tuple:
+    """All that a plan depends on."""
+    return (
+        *(q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),
+        *(q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+        *(left, right, scale, softcap, with_lse),
+    )
+
+
+def remember(kind: tuple, plan: Plan) -> None:
+    if len(_plans) >= LIMIT:
+        _plans.clear()
+    _plans[kind] = plan
+
+
+def planned(q, k, v, causal, scale, softcap, window, deterministic, with_lse: bool) -> Plan | None:
+    """The plan for a call of `attention` in eager that records no gradient, if an equal one ran before and nothing watches the operator.
+
+    None is always right, and leaves the call to the operator; so whatever is unusual need not be understood here."""
+    if not _plans or watched():
+        return None
+    # Equal is not enough for a key, True == 1 == 1.0
+    if not (type(window) is tuple and len(window) == 2 and type(window[0]) is type(window[1]) is int):
+        return None
+    if not (type(scale) in _NUMBERS and type(softcap) in _NUMBERS and type(deterministic) in _FLAGS):
+        return None
+    try:
+        # What is more than its memory has no address (sparse, zero or wrapped tensors), no shape (nested ones), or negates
+        if not (q.data_ptr() and k.data_ptr() and v.data_ptr()) or q.is_neg() or k.is_neg() or v.is_neg():
+            return None
+        return get(kind(q, k, v, window[0], 0 if causal else window[1], scale, softcap, with_lse))
+    except RuntimeError:
+        return None
+
+
+def watched() -> bool:
+    """Could anybody tell an operator's call from its body's? A mode, torch.func, a tracer, autocast, forward-mode AD, a profiler."""
+    return (
+        # Modes, torch.func and tracers see every call by a key that they add to it
+        torch._C._dispatch_tls_local_include_set().raw_repr() not in _QUIET
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
+        or torch.autograd._profiler_enabled()
+    )
