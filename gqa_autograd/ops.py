@@ -119,7 +119,8 @@ def tiles(q: Tensor, v: Tensor, s: Settings, backward: bool) -> tuple:
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, settings: tuple, with_lse: bool) -> Any:
     """The body of both forward operators on CUDA: planned once for each kind of call, then only run."""
     s = Settings(*settings)
-    kind = plans.kind(q, k, v, s.window_left, s.window_right, s.scale, s.softcap, with_lse)
+    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
+    kind = plans.kind(q, k, v, addresses, s.window_left, s.window_right, s.scale, s.softcap, with_lse)
     run = plans.get(kind)
     if run is None:
         run = _plan(q, k, v, s, with_lse)
@@ -261,7 +262,9 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, *settings):
-        outputs = run(attention_fwd_lse, q, k, v, *settings)
+        s = Settings(*settings)
+        body = plans.planned(q, k, v, False, s.scale, s.softcap, (s.window_left, s.window_right), s.deterministic, True)
+        outputs = body(q, k, v) if body else run(attention_fwd_lse, q, k, v, *settings)
         Attention.setup_context(ctx, (q, k, v, *settings), outputs)
         return outputs
 

@@ -7,10 +7,14 @@ the checks and the defaults are half of the host time of a call. That is done on
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import DispatchKey, Tensor
-from torch._C import DispatchKeySet
-from torch.autograd import forward_ad, profiler
+from torch._C import (
+    DispatchKeySet,
+    _dispatch_tls_local_include_set,
+    _is_any_autocast_enabled,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled, forward_ad, profiler
 
 # Allocates the outputs and launches, given q, k and v of its kind. It keeps no tensor, and asks for stream and device itself
 Plan = Callable[[Tensor, Tensor, Tensor], Any]
@@ -26,14 +30,12 @@ _BACKEND, _VIEWS = DispatchKeySet(DispatchKey.BackendSelect), DispatchKeySet(Dis
 _QUIET = ((_BACKEND | _VIEWS).raw_repr(), _BACKEND.raw_repr())
 
 
-def kind(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float | None, softcap: float, with_lse: bool) -> tuple:
-    """All that a plan depends on."""
-    return (
-        *(q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),
-        *(q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-        *(left, right, scale, softcap, with_lse),
-    )
+def kind(
+    q: Tensor, k: Tensor, v: Tensor, addresses: int, left: int, right: int, scale: float | None, softcap: float, with_lse: bool
+) -> tuple:
+    """All that a plan depends on. `addresses` has the bits of all three together, for their alignment."""
+    shapes = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride())
+    return shapes, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, addresses & 15, left, right, scale, softcap, with_lse
 
 
 def remember(kind: tuple, plan: Plan) -> None:
@@ -46,7 +48,7 @@ def planned(q, k, v, causal, scale, softcap, window, deterministic, with_lse: bo
     """The plan for a call of `attention` in eager that records no gradient, if an equal one ran before and nothing watches the operator.
 
     None is always right, and leaves the call to the operator; so whatever is unusual need not be understood here."""
-    if not _plans or watched():
+    if not _plans or not (type(q) is type(k) is type(v) is Tensor) or watched():
         return None
     # Equal is not enough for a key, True == 1 == 1.0
     if not (type(window) is tuple and len(window) == 2 and type(window[0]) is type(window[1]) is int):
@@ -54,10 +56,11 @@ def planned(q, k, v, causal, scale, softcap, window, deterministic, with_lse: bo
     if not (type(scale) in _NUMBERS and type(softcap) in _NUMBERS and type(deterministic) in _FLAGS):
         return None
     try:
+        a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
         # What is more than its memory has no address (sparse, zero or wrapped tensors), no shape (nested ones), or negates
-        if not (q.data_ptr() and k.data_ptr() and v.data_ptr()) or q.is_neg() or k.is_neg() or v.is_neg():
+        if not (a and b and c) or q.is_neg() or k.is_neg() or v.is_neg():
             return None
-        return get(kind(q, k, v, window[0], 0 if causal else window[1], scale, softcap, with_lse))
+        return get(kind(q, k, v, a | b | c, window[0], 0 if causal else window[1], scale, softcap, with_lse))
     except RuntimeError:
         return None
 
@@ -66,10 +69,10 @@ def watched() -> bool:
     """Could anybody tell an operator's call from its body's? A mode, torch.func, a tracer, autocast, forward-mode AD, a profiler."""
     return (
         # Modes, torch.func and tracers see every call by a key that they add to it
-        torch._C._dispatch_tls_local_include_set().raw_repr() not in _QUIET
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._is_any_autocast_enabled()
+        _dispatch_tls_local_include_set().raw_repr() not in _QUIET
+        or _len_torch_function_stack() > 0
+        or _is_any_autocast_enabled()
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
-        or torch.autograd._profiler_enabled()
+        or _profiler_enabled()
     )
