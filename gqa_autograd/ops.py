@@ -206,7 +206,7 @@ def _(do, q, k, v, out, lse, dlse, *settings):
 
 
 @_body(attention_bwd, "CUDA")
-def _(do, q, k, v, out, lse, dlse, *settings):
+def _cuda_backward(do, q, k, v, out, lse, dlse, *settings):
     from .kernels import backward
 
     s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)

@@ -172,8 +172,8 @@ WRONG = {
     "float_side": ({"window": (-1.0, -1)}, TypeError, "window left must be an int"),
     "bool_side": ({"window": (True, True)}, TypeError, "window left must be an int"),
     "triple": ({"window": (-1, -1, -1)}, TypeError, "window must be a pair"),
-    "tensor_cap": ({"softcap": "0"}, (TypeError, RuntimeError), ""),
-    "deterministic": ({"deterministic": "no"}, (TypeError, RuntimeError), ""),
+    "text_cap": ({"softcap": "0"}, (TypeError, RuntimeError), "softcap"),
+    "deterministic": ({"deterministic": "no"}, (TypeError, RuntimeError), "deterministic"),
 }
 
 
