@@ -41,7 +41,7 @@ def attention(
         ValueError for a shape or a number, TypeError for a dtype, NotImplementedError on CUDA for what no kernel computes.
     Source: arXiv:2307.08691 algorithms 1 and 2; docs/maths/attention.md.
     """
-    if run := _planned(q, k, v, causal, scale, softcap, window, deterministic, False):
+    if run := plans.planned(q, k, v, causal, scale, softcap, window, deterministic, False):
         return run(q, k, v)
     q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
     if needs_grad(q, k, v):
@@ -68,7 +68,7 @@ def attention_with_lse(
     Raises: as `attention`.
     Source: arXiv:2307.08691 algorithm 1; docs/maths/attention.md.
     """
-    if run := _planned(q, k, v, causal, scale, softcap, window, deterministic, True):
+    if run := plans.planned(q, k, v, causal, scale, softcap, window, deterministic, True):
         return run(q, k, v)
     q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
     if needs_grad(q, k, v):
@@ -115,13 +115,6 @@ def settle(
         strict = torch.compiler.is_compiling() or not torch.is_deterministic_algorithms_warn_only_enabled()
         deterministic = torch.are_deterministic_algorithms_enabled() and strict
     return q, k, v, ops.Settings(left, right, scale, softcap, deterministic)
-
-
-def _planned(q, k, v, causal, scale, softcap, window, deterministic, with_lse) -> plans.Plan | None:
-    """What an equal call ran before, where neither compile, a subclass nor a gradient is concerned."""
-    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or needs_grad(q, k, v):
-        return None
-    return plans.planned(q, k, v, causal, scale, softcap, window, deterministic, with_lse)
 
 
 def needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:

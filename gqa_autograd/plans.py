@@ -7,7 +7,7 @@ the checks and the defaults are half of the host time of a call. That is done on
 from collections.abc import Callable
 from typing import Any
 
-from torch import DispatchKey, Tensor
+from torch import DispatchKey, Tensor, is_grad_enabled
 from torch._C import (
     DispatchKeySet,
     _dispatch_tls_local_include_set,
@@ -15,6 +15,7 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch.autograd import _profiler_enabled, forward_ad, profiler
+from torch.compiler import is_compiling
 
 # Allocates the outputs and launches, given q, k and v of its kind. It keeps no tensor, and asks for stream and device itself
 Plan = Callable[[Tensor, Tensor, Tensor], Any]
@@ -48,7 +49,9 @@ def planned(q, k, v, causal, scale, softcap, window, deterministic, with_lse: bo
     """The plan for a call of `attention` in eager that records no gradient, if an equal one ran before and nothing watches the operator.
 
     None is always right, and leaves the call to the operator; so whatever is unusual need not be understood here."""
-    if not _plans or not (type(q) is type(k) is type(v) is Tensor) or watched():
+    if is_compiling() or not _plans or not (type(q) is type(k) is type(v) is Tensor):
+        return None
+    if (is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)) or watched():
         return None
     # Equal is not enough for a key, True == 1 == 1.0
     if not (type(window) is tuple and len(window) == 2 and type(window[0]) is type(window[1]) is int):
