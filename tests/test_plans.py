@@ -3,6 +3,7 @@ writes down what it was given."""
 
 import contextlib
 import threading
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -118,6 +119,30 @@ def test_each_tensor_counts(device, which, change):
         assert tensors[which].data_ptr() % 16 != 0
     attention(*tensors)
     assert (len(device.through), len(device.planned)) == (2, 2)
+
+
+MISFITS = {
+    "dtype": (lambda t: t.half(), TypeError, "must share a dtype"),
+    "batch": (lambda t: t[:1], ValueError, "must have the batch size of q"),
+    "length": (lambda t: t[:, 1:], ValueError, "v must have the length of k"),
+    "heads": (lambda t: t[:, :, 1:], ValueError, "v must have the heads of k"),
+}
+
+
+@pytest.mark.parametrize(("misfit", "which"), [*product(MISFITS, (1, 2)), ("dtype", 0), ("batch", 0)])
+def test_each_tensor_is_still_checked(device, misfit, which):
+    change, error, message = MISFITS[misfit]
+    tensors = twice(device)
+    tensors[which] = change(tensors[which])
+    with pytest.raises(error, match=message):
+        attention(*tensors)
+
+
+def test_the_size_of_v_counts(device):
+    tensors = twice(device, tensors=make(D=192, D_v=192))
+    tensors[2] = make(D=192, D_v=128)[2]
+    assert attention(*tensors).shape == (2, 5, 4, 128)
+    assert len(device.planned) == 2
 
 
 def test_lse_and_device_count(device):
