@@ -122,6 +122,27 @@ def inference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Rows, Rows]:
     return parts, whole
 
 
+class NoWork(torch.autograd.Function):
+    """What autograd takes by itself."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx, do):
+        return ctx.saved_tensors
+
+
+def in_one_thread(call: Call) -> Call:
+    def run():
+        with torch.autograd.set_multithreading_enabled(False):
+            return call()
+
+    return run
+
+
 def training(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Rows, Rows]:
     """Forwards that record, each with and without its backward."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -129,6 +150,7 @@ def training(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Rows, Rows]:
         "(a) ops.Attention.apply": lambda *x: ops.Attention.apply(*x, *SETTINGS)[0],
         "(b) the operator attention_fwd_lse": lambda *x: ops.attention_fwd_lse(*x, *SETTINGS)[0],
         "(c) ops.EagerAttention.apply": lambda *x: ops.EagerAttention.apply(*x, *SETTINGS)[0],
+        "a Function without work": NoWork.apply,
         "functional.attention": attend,
         "torch's own attention": torchs,
     }
@@ -138,6 +160,7 @@ def training(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Rows, Rows]:
 
     out, lse = functional.attention_with_lse(q, k, v, causal=True)
     backwards: Rows = {name: partial(both, forward) for name, forward in forwards.items()}
+    backwards["functional.attention, autograd in the calling thread"] = in_one_thread(partial(both, attend))
     backwards["the operator attention_bwd alone"] = lambda: ops.run(ops.attention_bwd, do, q, k, v, out, lse, None, *SETTINGS)
     return {name: partial(forward, *leaves) for name, forward in forwards.items()}, backwards
 
