@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, ops
+from . import checks, ops, plans
 
 
 # softcap is 0 and not 0.0 by default: compile(dynamic=True) takes a float default for a symbol, and then compiles the first graph twice
@@ -41,6 +41,8 @@ def attention(
         ValueError for a shape or a number, TypeError for a dtype, NotImplementedError on CUDA for what no kernel computes.
     Source: arXiv:2307.08691 algorithms 1 and 2; docs/maths/attention.md.
     """
+    if run := plans.planned(q, k, v, causal, scale, softcap, window, deterministic, False):
+        return run(q, k, v)
     q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
     if needs_grad(q, k, v):
         return _differentiable(q, k, v, settings)[0]
@@ -66,6 +68,8 @@ def attention_with_lse(
     Raises: as `attention`.
     Source: arXiv:2307.08691 algorithm 1; docs/maths/attention.md.
     """
+    if run := plans.planned(q, k, v, causal, scale, softcap, window, deterministic, True):
+        return run(q, k, v)
     q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
     if needs_grad(q, k, v):
         return _differentiable(q, k, v, settings)

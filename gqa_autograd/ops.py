@@ -5,13 +5,13 @@ operators of fixed arity, why the checks stand in here, and why not custom_op: d
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake, register_vmap
 
-from . import checks, flops, meta
+from . import checks, flops, meta, plans
 from .reference import attention as reference
 
 
@@ -99,12 +99,12 @@ def _forward():
     return forward_launch
 
 
-def _cuda_forward(q: Tensor, v: Tensor, s: Settings):
+def _forward_tile(q: Tensor, v: Tensor, s: Settings):
     """The tile a CUDA call uses; NotImplementedError, also while tracing, if no kernel computes it."""
     return _config().forward("attention", q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap)
 
 
-def _cuda_backward(function: str, q: Tensor, v: Tensor, s: Settings):
+def _backward_tile(function: str, q: Tensor, v: Tensor, s: Settings):
     return _config().backward(function, q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap, s.deterministic)
 
 
@@ -113,7 +113,37 @@ def tiles(q: Tensor, v: Tensor, s: Settings, backward: bool) -> tuple:
     differentiated, it refuses there and not in the backward what the backward can't do."""
     if q.device.type != "cuda":
         return None, None
-    return _cuda_forward(q, v, s), _cuda_backward("attention", q, v, s) if backward else None
+    return _forward_tile(q, v, s), _backward_tile("attention", q, v, s) if backward else None
+
+
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, settings: tuple, with_lse: bool) -> Any:
+    """The body of both forward operators on CUDA: planned once for each kind of call, then only run."""
+    s = Settings(*settings)
+    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
+    kind = plans.kind(q, k, v, addresses, s.window_left, s.window_right, s.scale, s.softcap, with_lse)
+    run = plans.get(kind)
+    if run is None:
+        run = _plan(q, k, v, s, with_lse)
+        plans.remember(kind, run)
+    return run(q, k, v)
+
+
+def _plan(q: Tensor, k: Tensor, v: Tensor, s: Settings, with_lse: bool) -> plans.Plan:
+    _checked(q, k, v, s)
+    tile = _forward_tile(q, v, s)
+    launch = _forward().plan(tile, q, k, v, with_lse, _scale(q, s), (s.window_left, s.window_right), s.softcap)
+
+    def run(q, k, v):
+        out = meta.attention_fwd(q, k, v)
+        launch(q, k, v, out, None)
+        return out
+
+    def run_with_lse(q, k, v):
+        out, lse = meta.attention_fwd_lse(q, k, v)
+        launch(q, k, v, out, lse)
+        return out, lse
+
+    return run_with_lse if with_lse else run
 
 
 # --- forward without LSE: nobody will ask for a gradient ---
@@ -127,11 +157,7 @@ def _(q, k, v, *settings):
 
 @_body(attention_fwd, "CUDA")
 def _(q, k, v, *settings):
-    s = _checked(q, k, v, settings)
-    tile = _cuda_forward(q, v, s)
-    out = meta.attention_fwd(q, k, v)
-    _forward().launch(tile, q, k, v, out, None, _scale(q, s), (s.window_left, s.window_right), s.softcap)
-    return out
+    return _cuda_forward(q, k, v, settings, with_lse=False)
 
 
 @_fake(attention_fwd)
@@ -155,11 +181,7 @@ def _(q, k, v, *settings):
 
 @_body(attention_fwd_lse, "CUDA")
 def _(q, k, v, *settings):
-    s = _checked(q, k, v, settings)
-    tile = _cuda_forward(q, v, s)
-    out, lse = meta.attention_fwd_lse(q, k, v)
-    _forward().launch(tile, q, k, v, out, lse, _scale(q, s), (s.window_left, s.window_right), s.softcap)
-    return out, lse
+    return _cuda_forward(q, k, v, settings, with_lse=True)
 
 
 @_fake(attention_fwd_lse)
@@ -184,11 +206,11 @@ def _(do, q, k, v, out, lse, dlse, *settings):
 
 
 @_body(attention_bwd, "CUDA")
-def _(do, q, k, v, out, lse, dlse, *settings):
+def _cuda_backward(do, q, k, v, out, lse, dlse, *settings):
     from .kernels import backward
 
     s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
-    tile = _cuda_backward("attention_bwd", q, v, s)
+    tile = _backward_tile("attention_bwd", q, v, s)
     dq, dk, dv = meta.attention_bwd(q, k, v)
     backward.launch(tile, do, q, k, v, out, lse, dlse, dq, dk, dv, _scale(q, s))
     return dq, dk, dv
@@ -198,7 +220,7 @@ def _(do, q, k, v, out, lse, dlse, *settings):
 def _(do, q, k, v, out, lse, dlse, *settings):
     s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
     if q.device.type == "cuda":
-        _cuda_backward("attention_bwd", q, v, s)
+        _backward_tile("attention_bwd", q, v, s)
     return meta.attention_bwd(q, k, v)
 
 
@@ -240,7 +262,9 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, *settings):
-        outputs = run(attention_fwd_lse, q, k, v, *settings)
+        s = Settings(*settings)
+        body = plans.planned(q, k, v, False, s.scale, s.softcap, (s.window_left, s.window_right), s.deterministic, True)
+        outputs = body(q, k, v) if body else run(attention_fwd_lse, q, k, v, *settings)
         Attention.setup_context(ctx, (q, k, v, *settings), outputs)
         return outputs
 

@@ -293,26 +293,10 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
     output = T.StridedTensor([B_out if split else B, rows_q, H_q, D_v], strides["O"], "float32" if split else dtype)
     lse = T.Tensor([B_out, rows_q, H_q] if split else [B, H_q, rows_q], "float32")
 
-    @T.prim_func
-    def attention_fwd(
-        Q: T.StridedTensor([B, rows_q, H_q, D], strides["Q"], dtype),
-        K: T.StridedTensor([B, rows_kv, H_kv, D], strides["K"], dtype),
-        V: T.StridedTensor([B, rows_kv, H_kv, D_v], strides["V"], dtype),
-        O: output,
-        # What a form or variant does not have is passed as something that it has
-        LSE: lse if return_lse else output,
-        cu_q: T.Tensor([offsets], "int32") if packed else output,
-        cu_k: T.Tensor([offsets], "int32") if packed else output,
-        scale: T.float32,
-        cap: T.float32,
-        left: T.int32,
-        right: T.int32,
-        blocks: T.int32,
-        section: T.int32,
-        slot: T.int32,
-        parts: T.int32,
-    ):
-        prelude = tile.PRELUDE + forward_tiles.COUNTER + (forward_tiles.PACKED if packed else "")
+    prelude = tile.PRELUDE + forward_tiles.COUNTER + (forward_tiles.PACKED if packed else "")
+
+    @T.macro
+    def kernel(Q, K, V, O, LSE, cu_q, cu_k, scale, cap, left, right, blocks, section, slot, parts):
         with T.Kernel(blocks, threads=THREADS, prelude=prelude) as block:
             Q_0 = T.alloc_shared([ROWS, D], dtype)
             Q_1 = T.alloc_shared([ROWS, D], dtype)
@@ -355,5 +339,51 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
                     consumer(0, Q_0, K_smem, V_smem, O_smem[0], packet, bars, O, LSE, call)
                 else:
                     consumer(1, Q_1, K_smem, V_smem, O_smem[1], packet, bars, O, LSE, call)
+
+    tensors = {"Q": (rows_q, H_q, D), "K": (rows_kv, H_kv, D), "V": (rows_kv, H_kv, D_v)}
+    inputs = {t: T.StridedTensor([B, *shape], strides[t], dtype) for t, shape in tensors.items()}
+
+    if packed:
+
+        @T.prim_func
+        def attention_fwd(
+            Q: inputs["Q"],
+            K: inputs["K"],
+            V: inputs["V"],
+            O: output,
+            LSE: lse if return_lse else output,
+            cu_q: T.Tensor([offsets], "int32"),
+            cu_k: T.Tensor([offsets], "int32"),
+            scale: T.float32,
+            cap: T.float32,
+            left: T.int32,
+            right: T.int32,
+            blocks: T.int32,
+            section: T.int32,
+            slot: T.int32,
+            parts: T.int32,
+        ):
+            kernel(Q, K, V, O, LSE, cu_q, cu_k, scale, cap, left, right, blocks, section, slot, parts)
+
+    else:
+
+        @T.prim_func
+        def attention_fwd(
+            Q: inputs["Q"],
+            K: inputs["K"],
+            V: inputs["V"],
+            O: output,
+            # Without LSE the output is passed again in its place
+            LSE: lse if return_lse else output,
+            scale: T.float32,
+            cap: T.float32,
+            left: T.int32,
+            right: T.int32,
+            blocks: T.int32,
+            section: T.int32,
+            slot: T.int32,
+            parts: T.int32,
+        ):
+            kernel(Q, K, V, O, LSE, Q, Q, scale, cap, left, right, blocks, section, slot, parts)
 
     return attention_fwd

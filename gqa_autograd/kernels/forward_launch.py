@@ -1,6 +1,7 @@
 """From a call to the forward kernel: which one, with what run-time numbers, on tensors that TMA can read."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,53 +33,84 @@ def compiled(cfg: Forward, dtype: torch.dtype, return_lse: bool):
 
 
 @functools.cache
-def executable(cfg: Forward, dtype: torch.dtype, return_lse: bool):
-    """What the compiled kernel calls in the end: TileLang's own wrapper around it takes 3 µs and checks what `launch` has settled."""
-    return compiled(cfg, dtype, return_lse).adapter.get_exportable_executable()
+def executable(cfg: Forward, dtype: torch.dtype, return_lse: bool) -> Callable:
+    """What the compiled kernel calls in the end: TileLang's own wrappers around it take 3 µs and check what `plan` has settled."""
+    return compiled(cfg, dtype, return_lse).adapter.get_exportable_executable()["main"]
 
 
 @functools.cache
-def combine_executable(D_v: int, dtype: torch.dtype, return_lse: bool):
-    return kernel(combine_program(D_v, dtype, return_lse)).adapter.get_exportable_executable()
+def combine_executable(D_v: int, dtype: torch.dtype, return_lse: bool) -> Callable:
+    return kernel(combine_program(D_v, dtype, return_lse)).adapter.get_exportable_executable()["main"]
 
 
-def launch(
-    cfg: Forward,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    window: tuple[int, int],
-    softcap: float,
-) -> None:
-    """Writes out [B, S_q, H_q, D_v] and, unless None, lse [B, H_q, S_q]."""
+# Writes out [B, S_q, H_q, D_v] and, unless None, lse [B, H_q, S_q], from q, k and v
+Launch = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
+
+
+class _Numbers(NamedTuple):
+    """Run-time arguments of the kernel, in its order; the tile counter's slot comes before the last."""
+
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    blocks: int
+    section: int
+    parts: int
+
+
+def plan(cfg: Forward, q: Tensor, k: Tensor, v: Tensor, return_lse: bool, scale: float, window: tuple[int, int], softcap: float) -> Launch:
+    """The launch for all tensors of the shapes, strides, dtype, device and alignment that these have. It keeps none of these."""
     device.require_hopper("attention", q.device)
-    B, S_q, H_q, D = q.shape
-    S_kv, H_kv = k.shape[1:3]
-    if out.numel() == 0:
-        return
+    B, S_q, H_q, _ = q.shape
+    S_kv, H_kv, D_v = v.shape[1:]
+    if B * S_q * H_q * D_v == 0:
+        return _nothing
     if S_kv == 0:
-        _nothing_seen(out, lse)
-        return
+        return _no_keys
     multiprocessors = device.multiprocessors(q.device)
-    tiles = -(-S_q // cfg.block_M) * H_q
     parts = config.parts(cfg, S_q, S_kv, H_q, window, multiprocessors)
-    common = _Common(cfg, scale, window, softcap, S_q + S_kv, _section(q.device, B * H_kv, S_kv, D + v.shape[3]) * (H_q // H_kv))
-    with device.current(q.device):
-        q, k, v = device.rows(q), device.rows(k), device.rows(v)
-        if parts == 1:
-            _run(common, q, k, v, out, lse, (), min(tiles * B, multiprocessors))
-            return
-        split = config.FORWARD[cfg.D, cfg.D_v, cfg.mask, cfg.softcap, "split"]
-        part_out = out.new_empty((parts * B, S_q, H_q, cfg.D_v), dtype=torch.float32)
-        part_lse = out.new_empty((parts * B, S_q, H_q), dtype=torch.float32)
-        _run(common._replace(cfg=split), q, k, v, part_out, part_lse, (), min(tiles * B * parts, multiprocessors), parts)
+    tiles = -(-S_q // cfg.block_M) * H_q * B * parts
+    section = _section(cfg, q.device, B * H_kv, S_kv) * (H_q // H_kv)
+    numbers = _Numbers(abs(scale) or 1.0, softcap, *_sides(cfg, window, S_q + S_kv), min(tiles, multiprocessors), section, parts)
+    read = _reader((q, k, v), scale)
+    if parts == 1:
+        return _launch(executable(cfg, q.dtype, return_lse), q.device.index, read, numbers)
+    split = config.FORWARD[cfg.D, cfg.D_v, cfg.mask, cfg.softcap, "split"]
+    merge = combine_executable(D_v, q.dtype, return_lse)
+    return _launch_split(executable(split, q.dtype, True), merge, q.device.index, read, numbers)
+
+
+def _launch(run: Callable, index: int, read: Callable | None, numbers: _Numbers) -> Launch:
+    scale, softcap, left, right, blocks, section, parts = numbers
+
+    def launch(q, k, v, out, lse):
+        if not device.is_current(index):
+            with torch.cuda.device(index):
+                return launch(q, k, v, out, lse)
+        if read is not None:
+            q, k, v = read(q, k, v)
+        run(q, k, v, out, out if lse is None else lse, scale, softcap, left, right, blocks, section, device.slot(index), parts)
+
+    return launch
+
+
+def _launch_split(run: Callable, merge: Callable, index: int, read: Callable | None, numbers: _Numbers) -> Launch:
+    """Each part's own out and lse in float32, 4 (D_v + 1) bytes a row and part, then all merged."""
+    parts = numbers.parts
+    attend = _launch(run, index, read, numbers)
+
+    def launch(q, k, v, out, lse):
+        B, S_q, H_q, D_v = out.shape
         rows = B * S_q * H_q
-        combined = out.view(rows, cfg.D_v)
-        run = combine_executable(cfg.D_v, out.dtype, lse is not None)
-        run(part_out.view(parts, rows, cfg.D_v), part_lse.view(parts, rows), combined, combined if lse is None else lse)
+        part_out = out.new_empty((parts * B, S_q, H_q, D_v), dtype=torch.float32)
+        part_lse = out.new_empty((parts * B, S_q, H_q), dtype=torch.float32)
+        attend(q, k, v, part_out, part_lse)
+        whole = out.view(rows, D_v)
+        with device.current(out.device):
+            merge(part_out.view(parts, rows, D_v), part_lse.view(parts, rows), whole, whole if lse is None else lse)
+
+    return launch
 
 
 def launch_varlen(
@@ -96,8 +128,8 @@ def launch_varlen(
 ) -> None:
     """Writes out [T_q, H_q, D_v] and, unless None, lse [H_q, T_q], of the tokens that belong to a sequence. Lengths stay on the device."""
     device.require_hopper("attention_varlen", q.device)
-    T_q, H_q, D = q.shape
-    T_kv, H_kv = k.shape[:2]
+    T_q, H_q, _ = q.shape
+    T_kv, H_kv, _ = k.shape
     sequences = cu_seqlens_q.shape[0] - 1
     if out.numel() == 0 or sequences == 0:
         return
@@ -105,44 +137,48 @@ def launch_varlen(
     k, v = (t if T_kv > 0 else t.new_zeros((1, *t.shape[1:])) for t in (k, v))
     # Each sequence can end in a tile of its own
     tiles = (T_q // cfg.block_M + sequences) * H_q
-    common = _Common(cfg, scale, window, softcap, T_q + T_kv, _section(q.device, H_kv, max(T_kv, 1), D + v.shape[2]) * (H_q // H_kv))
-    with device.current(q.device):
-        q, k, v = (device.rows(t.unsqueeze(0)) for t in (q, k, v))
-        offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        blocks = min(tiles, device.multiprocessors(q.device))
-        _run(common, q, k, v, out.unsqueeze(0), None if lse is None else lse.unsqueeze(0), offsets, blocks)
+    section = _section(cfg, q.device, H_kv, max(T_kv, 1)) * (H_q // H_kv)
+    blocks = min(tiles, device.multiprocessors(q.device))
+    numbers = _Numbers(abs(scale) or 1.0, softcap, *_sides(cfg, window, T_q + T_kv), blocks, section, 1)
+    q, k, v = (t.unsqueeze(0) for t in (q, k, v))
+    read = _reader((q, k, v), scale)
+    offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+
+    def run(q, k, v, out, lse, *rest):
+        executable(cfg, out.dtype, lse is not out)(q, k, v, out, lse, *offsets, *rest)
+
+    _launch(run, q.device.index, read, numbers)(q, k, v, out.unsqueeze(0), None if lse is None else lse.unsqueeze(0))
 
 
-class _Common(NamedTuple):
-    """What a call says beside its tensors."""
-
-    cfg: Forward
-    scale: float
-    window: tuple[int, int]
-    softcap: float
-    # An open side reaches farther than any key; so far is enough for the widest of the others, too
-    far: int
-    section: int
-
-
-def _section(where: torch.device, heads: int, S_kv: int, width: int) -> int:
+def _section(cfg: Forward, where: torch.device, heads: int, S_kv: int) -> int:
     """KV heads whose K and V together take about half of the L2 cache."""
-    return max(1, min(heads, device.l2_bytes(where) // (4 * S_kv * width)))
+    return max(1, min(heads, device.l2_bytes(where) // (4 * S_kv * (cfg.D + cfg.D_v))))
 
 
-def _nothing_seen(out: Tensor, lse: Tensor | None) -> None:
+def _sides(cfg: Forward, window: tuple[int, int], far: int) -> tuple[int, int]:
+    """An open side reaches farther than any key; `far` is enough for the widest of the others, too."""
+    left, right = (far if side < 0 else min(side, far) for side in window) if cfg.mask == "window" else (far, far)
+    return left, right
+
+
+def _reader(tensors: tuple[Tensor, Tensor, Tensor], scale: float) -> Callable | None:
+    """Makes of such q, k and v what the kernel can read; None where it reads them as they lie."""
+    # The row maximum is taken before the scale, which must therefore be positive; negating q is exact
+    sign = 1.0 if scale > 0 else -1.0 if scale < 0 else 0.0
+    if sign == 1.0 and all(map(device.readable, tensors)):
+        return None
+
+    def read(q, k, v):
+        return device.rows(q if sign == 1.0 else q * sign), device.rows(k), device.rows(v)
+
+    return read
+
+
+def _nothing(q, k, v, out, lse) -> None:
+    pass
+
+
+def _no_keys(q, k, v, out, lse) -> None:
     out.zero_()
     if lse is not None:
         lse.fill_(-torch.inf)
-
-
-def _run(common: _Common, q, k, v, out, lse, offsets: tuple, blocks: int, parts: int = 1) -> None:
-    cfg, scale = common.cfg, common.scale
-    if scale <= 0:
-        # The row maximum is taken before the scale, which must therefore be positive; negating q is exact
-        q, scale = q * (-1.0 if scale < 0 else 0.0), -scale or 1.0
-    left, right = (common.far if side < 0 else min(side, common.far) for side in common.window) if cfg.mask == "window" else (0, 0)
-    run = executable(cfg, q.dtype, lse is not None)
-    cu_q, cu_k = offsets or (out, out)
-    slot = device.slot(q.device)
-    run(q, k, v, out, out if lse is None else lse, cu_q, cu_k, scale, common.softcap, left, right, blocks, common.section, slot, parts)

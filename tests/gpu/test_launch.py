@@ -1,10 +1,12 @@
 """How the kernels are launched: one build per configuration, strides, streams, graphs, devices, compile, refusals."""
 
+import contextlib
+
 import pytest
 import torch
 
 import gqa_autograd
-from gqa_autograd import testing
+from gqa_autograd import ops, testing
 from gqa_autograd.kernels import config
 from gqa_autograd.testing import Case
 
@@ -138,16 +140,59 @@ def test_two_graphs_replay_side_by_side():
         assert all(torch.equal(out, expected) for _, out, _ in graphs)
 
 
-def test_no_synchronisation():
-    q, k, v, _ = testing.make(Case(1, 200, 200, 4, 2, 64), "cuda")
-    step(q, k, v, causal=True)
+@contextlib.contextmanager
+def no_synchronisation():
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(q, k, v, causal=True)
-        with torch.no_grad():
-            gqa_autograd.attention(q, k, v, causal=True)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", ["bshd", "fused"])
+def test_no_synchronisation(layout):
+    """Through the operators and past the dispatcher, of a kind that is new and of one that is known."""
+    q, k, v, do = testing.make(Case(1, 200, 200, 4, 2, 64, layout=layout), "cuda")
+    gqa_autograd.warmup(64, torch.bfloat16, causal=True, device="cuda")
+    torch.cuda.synchronize()
+    with no_synchronisation():
+        for _ in range(3):
+            torch.autograd.grad(gqa_autograd.attention(q, k, v, causal=True), (q, k, v), do)
+            with torch.no_grad():
+                gqa_autograd.attention(q, k, v, causal=True)
+                gqa_autograd.attention_with_lse(q, k, v, causal=True)
+
+
+def test_a_synchronisation_would_be_seen():
+    with no_synchronisation(), pytest.raises(RuntimeError, match="synchroniz"):
+        torch.ones(1, device="cuda").item()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_known_kind_passes_the_dispatcher(requires_grad, monkeypatch):
+    """The same bits as the operator's, on a view whose address is odd too, on another stream, and into a graph."""
+    case = Case(1, 300, 400, 4, 2, 128)
+    q, k, v = (t.detach().requires_grad_(requires_grad) for t in testing.make(case, "cuda")[:3])
+    odd = torch.empty(k.numel() + 1, dtype=k.dtype, device="cuda")[1:].view(k.shape).copy_(k.detach())
+    stream = torch.cuda.Stream()
+    with torch.no_grad():
+        expected = gqa_autograd.attention(q, k, v, causal=True)
+        assert torch.equal(gqa_autograd.attention(q, odd, v, causal=True), expected)
+        monkeypatch.setattr(ops, "run", lambda *arguments: pytest.fail("the operator was called"))
+        assert torch.equal(gqa_autograd.attention(q, k, v, causal=True), expected)
+        assert torch.equal(gqa_autograd.attention(q, odd, v, causal=True), expected)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            out = gqa_autograd.attention(q, k, v, causal=True)
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = gqa_autograd.attention(q, k, v, causal=True)
+        for _ in range(3):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

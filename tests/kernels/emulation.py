@@ -58,7 +58,8 @@ def emulated(machine: Machine, others: dict[Entry, Emulator] | None = None, chec
         "multiprocessors": lambda device: machine.multiprocessors,
         "l2_bytes": lambda device: 2**16,
         "current": lambda device: contextlib.nullcontext(),
-        "slot": lambda device: machine.slot,
+        "is_current": lambda index: True,
+        "slot": lambda index: machine.slot,
     }
     with (
         mock.patch.multiple(device, **facts),
@@ -94,7 +95,8 @@ def attend(tile, q: Tensor, k: Tensor, v: Tensor, case: Case, return_lse: bool) 
     """out and lse, NaN where nothing was written; without return_lse, lse stays NaN."""
     left, right, scale, softcap = case.formula
     out, lse = (t.fill_(math.nan) for t in meta.attention_fwd_lse(q, k, v))
-    forward_launch.launch(tile, q, k, v, out, lse if return_lse else None, scale, (left, right), softcap)
+    launch = forward_launch.plan(tile, q, k, v, return_lse, scale, (left, right), softcap)
+    launch(q, k, v, out, lse if return_lse else None)
     return out, lse
 
 

@@ -1,0 +1,190 @@
+"""What a forward's plan hands to the kernel, with a list in the kernel's place; and the slots of the tile counters."""
+
+import gc
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("tilelang", reason="no tilelang here: the launch code was not tested")
+
+from gqa_autograd import meta
+from gqa_autograd.kernels import config, device, forward_launch
+
+SLOT = 5
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of each launch, on a device that is current."""
+    found = []
+    monkeypatch.setattr(device, "require_hopper", lambda function, where: None)
+    monkeypatch.setattr(device, "multiprocessors", lambda where: 132)
+    monkeypatch.setattr(device, "l2_bytes", lambda where: 2**20)
+    monkeypatch.setattr(device, "is_current", lambda index: True)
+    monkeypatch.setattr(device, "slot", lambda index: SLOT)
+    monkeypatch.setattr(forward_launch, "executable", lambda cfg, dtype, lse: lambda *arguments: found.append(arguments))
+    return found
+
+
+def make(B=2, S_q=200, S_kv=300, H_q=4, H_kv=2, D=64):
+    shapes = (B, S_q, H_q, D), (B, S_kv, H_kv, D), (B, S_kv, H_kv, D)
+    return [torch.randn(shape).bfloat16() for shape in shapes]
+
+
+def launch(tensors, scale=0.125, window=(-1, -1), softcap=0.0, with_lse=False, again=None):
+    """One plan, run on its own tensors or on others of their kind; returns those and the outputs."""
+    tile = config.forward("test", 64, 64, *window, softcap)
+    plan = forward_launch.plan(tile, *tensors, with_lse, scale, window, softcap)
+    outputs = meta.attention_fwd_lse(*tensors)
+    plan(*(again or tensors), outputs[0], outputs[1] if with_lse else None)
+    return outputs
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_plain_tensors_are_passed_as_they_lie(calls, with_lse):
+    tensors, others = make(), make()
+    out, lse = launch(tensors, again=others, with_lse=with_lse)
+    ((*passed, scale, softcap, left, right, blocks, section, slot),) = calls
+    wanted = [*others, out, lse if with_lse else out]
+    assert all(p is w for p, w in zip(passed, wanted, strict=True))
+    assert (scale, softcap, left, right) == (0.125, 0.0, 500, 500)
+    # Two tiles of 128 queries for each of 8 heads; K and V of a head take 76800 bytes, half of the L2 cache holds 6 of 4
+    assert (blocks, section, slot) == (16, 4 * 2, SLOT)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("how", ["address", "strides"])
+def test_what_tma_cannot_read_is_copied_in_every_launch(calls, which, how):
+    plain = make()
+    odd = list(plain)
+    t = plain[which]
+    if how == "address":
+        odd[which] = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+    else:
+        odd[which] = t.transpose(2, 3).contiguous().transpose(2, 3)
+    launch(odd)
+    launch(odd, again=[2 * t for t in odd])
+    for factor, passed in zip((1, 2), calls, strict=True):
+        assert device.readable(passed[which])
+        assert torch.equal(passed[which], factor * t)
+
+
+def test_views_of_a_fused_qkv_are_passed_as_they_lie(calls):
+    q, k, v = torch.randn(2, 50, 8, 64).bfloat16().split([4, 2, 2], 2)
+    launch((q, k, v))
+    assert all(p is t for p, t in zip(calls[0], (q, k, v), strict=False))
+
+
+@pytest.mark.parametrize(("scale", "sign"), [(-0.5, -1.0), (0.0, 0.0), (-0.0, 0.0)])
+def test_a_scale_that_is_not_positive_goes_into_q(calls, scale, sign):
+    q, k, v = make()
+    launch((q, k, v), scale)
+    assert torch.equal(calls[0][0], sign * q)
+    assert calls[0][5] == (abs(scale) or 1.0)
+
+
+def test_sides_of_a_window(calls):
+    tensors = make()
+    for window, sides in (((7, 0), (7, 0)), ((-1, 3), (500, 3)), ((10**12, -1), (500, 500))):
+        launch(tensors, window=window)
+        assert calls[-1][7:9] == sides
+
+
+def test_without_queries_or_keys_nothing_is_launched(calls):
+    launch(make(S_q=0))
+    out, lse = launch(make(S_kv=0), with_lse=True)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    assert not calls
+
+
+def test_a_plan_keeps_no_tensor(calls):
+    tensors = make()
+    tile = config.forward("test", 64, 64, -1, -1, 0.0)
+    plan = forward_launch.plan(tile, *tensors, False, -0.5, (-1, -1), 0.0)
+    plan(*tensors, meta.attention_fwd(*tensors), None)
+    kept = [weakref.ref(t) for t in tensors]
+    calls.clear()
+    del tensors
+    gc.collect()
+    assert [t() for t in kept] == [None] * 3
+
+
+def test_another_device_is_made_current_for_the_launch(calls, monkeypatch):
+    order = []
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            order.append("enter")
+
+        def __exit__(self, *error):
+            order.append("exit")
+
+    monkeypatch.setattr(device, "is_current", lambda index: bool(order))
+    monkeypatch.setattr(device, "slot", lambda index: order.append("slot") or SLOT)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    q, k, v = make()
+    launch((q, k, v), scale=-0.5)
+    assert order == ["enter", "slot", "exit"]
+    assert torch.equal(calls[0][0], -q)
+
+
+# --- slots ---
+class Streams:
+    """The current stream of each thread, and whether a graph is captured."""
+
+    def __init__(self, monkeypatch):
+        self.mine = threading.local()
+        self.capturing = False
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: self.mine.stream, raising=False)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(device, "_slots", {})
+
+    def slot(self, stream, index=0):
+        self.mine.stream = stream
+        return device.slot(index)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    return Streams(monkeypatch)
+
+
+def test_every_stream_has_a_slot_of_its_own(streams):
+    assert [streams.slot(s) for s in (0, 64, 128, 0, 64)] == [0, 1, 2, 0, 1]
+    assert streams.slot(64, index=1) == 3
+    found = [streams.slot(1000 + n) for n in range(device.SLOTS)]
+    assert found == [*range(4, device.SLOTS), *[-1] * 4]
+    assert streams.slot(64) == 1
+
+
+def test_a_captured_launch_has_no_slot(streams):
+    streams.slot(64)
+    streams.capturing = True
+    assert [streams.slot(64), streams.slot(128)] == [-1, -1]
+    streams.capturing = False
+    assert streams.slot(128) == 1
+
+
+class Slow(dict):
+    """Leaves the other threads time between the question and the answer."""
+
+    def __len__(self):
+        found = super().__len__()
+        time.sleep(0.001)
+        return found
+
+
+def test_threads_never_share_a_slot(streams, monkeypatch):
+    """Two streams in one slot would take each other's tiles."""
+    monkeypatch.setattr(device, "_slots", Slow())
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(streams.slot, range(1, 41)))
+    assert sorted(found) == list(range(40))
