@@ -66,7 +66,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **opti
     Returns: Explanation, whose str() is one readable line.
     Raises: what the call would raise, with the same message.
     """
-    q, k, v, settings = functional.settle(q, k, v, **options)
+    q, k, v, settings = functional.settle("attention", q, k, v, **options)
     checks.attention("attention", q, k, v, settings.scale, settings.softcap)
     backward = functional.needs_grad(q, k, v)
     operators = ["attention_fwd_lse" if backward or return_lse else "attention_fwd"] + ["attention_bwd"] * backward

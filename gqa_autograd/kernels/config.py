@@ -3,7 +3,7 @@
 One kernel per configuration: dtype, D, causal or full, with LSE or without. Lengths, heads, strides and scale are run-time values, and no
 tile depends on a length, so a row of a batch has the same bits alone and in company."""
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class Forward(NamedTuple):
@@ -67,8 +67,8 @@ def mask(window_left: int, window_right: int) -> str:
     return _KINDS.get((window_left, window_right), "window")
 
 
-def forward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float) -> Forward:
-    """The tile of a forward; NotImplementedError names what there is."""
+def forward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float, packed: bool = False) -> Forward:
+    """The tile of a forward; NotImplementedError names what there is. packed: that of packed sequences, which is the same."""
     # While tracing a size may be symbolic; a kernel's head sizes are constants of the graph
     tile = FORWARD.get((int(D), int(D_v), mask(window_left, window_right), softcap > 0))
     if tile is None:
@@ -93,3 +93,11 @@ def backward(function: str, D: int, D_v: int, window_left: int, window_right: in
     if deterministic:
         raise NotImplementedError(f"{function}: deterministic must be False for gradients on CUDA, dq is summed by atomics, got True")
     return BACKWARD[D, kind == "causal"]
+
+
+def backward_packed(function: str) -> NoReturn:
+    """NotImplementedError: no kernel computes gradients of packed sequences."""
+    raise NotImplementedError(
+        f"{function}: q, k and v on CUDA must not require gradients, packed sequences have no backward kernel yet; "
+        "the forward alone runs under torch.no_grad()"
+    )
