@@ -40,6 +40,9 @@ attention_fwd = torch.ops.gqa_autograd.attention_fwd.default
 attention_fwd_lse = torch.ops.gqa_autograd.attention_fwd_lse.default
 attention_bwd = torch.ops.gqa_autograd.attention_bwd.default
 
+# For selective checkpoint policies of torch.utils.checkpoint: keep these results, recompute the rest
+SAVE_OPS = (attention_fwd, attention_fwd_lse)
+
 
 def _body(operator, device: str):
     """Registers a function as the body of an operator on a device."""

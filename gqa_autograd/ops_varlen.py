@@ -28,8 +28,8 @@ attention_varlen_fwd = torch.ops.gqa_autograd.attention_varlen_fwd.default
 attention_varlen_fwd_lse = torch.ops.gqa_autograd.attention_varlen_fwd_lse.default
 attention_varlen_bwd = torch.ops.gqa_autograd.attention_varlen_bwd.default
 
-# For selective checkpoint policies of torch.utils.checkpoint: keep these results, recompute the rest
-SAVE_OPS = (ops.attention_fwd, ops.attention_fwd_lse, attention_varlen_fwd, attention_varlen_fwd_lse)
+# The public tuple: all forwards
+SAVE_OPS = (*ops.SAVE_OPS, attention_varlen_fwd, attention_varlen_fwd_lse)
 
 
 def _checked(function: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, settings: tuple) -> Settings:
