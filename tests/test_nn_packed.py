@@ -148,13 +148,16 @@ def test_bfloat16(mode):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend):
-    """One frame for other lengths and numbers of sequences; fullgraph: nothing reads a length on the host."""
+    """No other frame for other lengths and numbers of sequences; fullgraph: nothing reads a length on the host."""
     module = randomize(GQAttention(**SIZES, rope=100.0, qk_norm=True))
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    frames = []
     for lengths in ((4, 0, 1, 9, 0, 3), (12, 1, 6), (5, 5, 5, 8)):
         x, cu_seqlens, _ = packed(lengths, tail=2, dtype=None)
         y, want = compiled(x, cu_seqlens=cu_seqlens), module(x, cu_seqlens=cu_seqlens)
         torch.testing.assert_close(y, want)
         torch.testing.assert_close(gradients(y, x, module), gradients(want, x, module), rtol=1e-4, atol=1e-5)
-    assert counter.frame_count == 1
+        frames.append(counter.frame_count)
+    # torch compiles the first call of a module with float settings twice
+    assert frames == frames[:1] * 3
