@@ -1,9 +1,20 @@
 """Grouped-query attention for PyTorch on Hopper GPUs: trainable, compilable, fast."""
 
 from . import _version, nn
-from .functional import attention, attention_with_lse, merge_states
-from .ops import SAVE_OPS
+from .functional import attention, attention_varlen, attention_varlen_with_lse, attention_with_lse, merge_states
+from .ops_varlen import SAVE_OPS
 from .support import explain, supported, warmup
 
 __version__ = _version.__version__
-__all__ = ["SAVE_OPS", "attention", "attention_with_lse", "explain", "merge_states", "nn", "supported", "warmup"]
+__all__ = [
+    "SAVE_OPS",
+    "attention",
+    "attention_varlen",
+    "attention_varlen_with_lse",
+    "attention_with_lse",
+    "explain",
+    "merge_states",
+    "nn",
+    "supported",
+    "warmup",
+]

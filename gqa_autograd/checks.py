@@ -1,6 +1,7 @@
 """What the operators accept, and every message that refuses. The same rules run on real and on fake tensors, inside the operator,
 so that eager, tracing, an exported graph and a raw operator call refuse alike, before anything is allocated or launched."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -69,39 +70,104 @@ def sides(function: str, left: int, right: int) -> None:
 
 def attention(function: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float) -> None:
     """q [B, S_q, H_q, D]; k [B, S_kv, H_kv, D]; v [B, S_kv, H_kv, D_v]; one dtype, one device; H_q a multiple of H_kv."""
-    if not _plainly_right(q, k, v):
-        _tensors_fit(function, q, k, v)
+    if not _plainly_right(q, k, v, 4):
+        _alike(function, "[B, S, H, D]", 4, q, k, v)
+        B, B_k, B_v = q.shape[0], k.shape[0], v.shape[0]
+        _size(B_k == B, lambda: f"{function}: k must have the batch size of q, got B={B_k} for k, B={B} for q")
+        _size(B_v == B, lambda: f"{function}: v must have the batch size of q, got B={B_v} for v, B={B} for q")
+        _sizes_fit(function, "S_kv", q, k, v)
     _numbers(function, scale, softcap)
 
 
-def _plainly_right(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def attention_varlen(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float | None,
+    softcap: float,
+) -> None:
+    """q [T_q, H_q, D]; k [T_kv, H_kv, D]; v [T_kv, H_kv, D_v], as `attention` otherwise; cu_seqlens_q, cu_seqlens_k int32 [N + 1].
+
+    The values of the offsets are looked at where that is free, on a CPU. On CUDA it would make the host wait for the device: there a
+    kernel stays inside its tensors whatever they are."""
+    if not _plainly_right(q, k, v, 3):
+        _alike(function, "[T, H, D]", 3, q, k, v)
+        _sizes_fit(function, "T_kv", q, k, v)
+    _numbers(function, scale, softcap)
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _offsets(function, name, t, q)
+    N_q, N_k = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
+    _size(N_q == N_k, lambda: f"{function}: cu_seqlens_k must be as long as cu_seqlens_q, got N + 1 = {N_k} and {N_q}")
+    for name, t, of, T in (("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0]), ("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0])):
+        if _readable(t):
+            _offset_values(function, name, t.tolist(), of, T)
+
+
+def _offsets(function: str, name: str, t: Tensor, q: Tensor) -> None:
+    if t.dim() != 1:
+        raise ValueError(f"{function}: {name} must have 1 dimension [N + 1], got shape {tuple(t.shape)}")
+    if t.device != q.device:
+        raise ValueError(f"{function}: {name} must be on the device of q, got {t.device}, q on {q.device}")
+    if t.dtype is not torch.int32:
+        raise TypeError(f"{function}: {name} must be int32, got {_name(t.dtype)}")
+    _size(t.shape[0] > 0, lambda: f"{function}: {name} must have at least 1 entry, the offset 0, got none")
+
+
+def _readable(t: Tensor) -> bool:
+    """A plain CPU tensor, neither a fake one nor one of functorch's: its values are at hand."""
+    return type(t) is Tensor and t.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _offset_values(function: str, name: str, offsets: list[int], of: str, T: int) -> None:
+    if offsets[0] != 0:
+        raise ValueError(f"{function}: {name} must start at 0, got {offsets[0]}")
+    for n, (start, end) in enumerate(itertools.pairwise(offsets)):
+        if end < start:
+            raise ValueError(f"{function}: {name} must not decrease, got {start} before {end} for sequence {n}")
+    if offsets[-1] > T:
+        raise ValueError(f"{function}: {name} must end at the {T} tokens of {of} or before, got {offsets[-1]}")
+
+
+def lengths(function: str, **named: object) -> None:
+    """The longest lengths, which no kernel here needs: an int, a tensor, whose value nobody asks for, or None."""
+    for name, value in named.items():
+        if value is not None and (not isinstance(value, (int, Tensor)) or isinstance(value, bool)):
+            raise TypeError(f"{function}: {name} must be an int, a tensor or None, got {value!r}")
+
+
+def _plainly_right(q: Tensor, k: Tensor, v: Tensor, dims: int) -> bool:
     """The same rules in one go, for an ordinary call that keeps them; whatever is not an ordinary call is looked at one by one."""
-    if not (type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == 4):
+    if not (type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == dims):
         return False
     if not (q.dtype is k.dtype is v.dtype and q.device == k.device == v.device):
         return False
-    B, _, H_q, D = q.shape
-    B_k, S_kv, H_kv, D_k = k.shape
-    fit = v.shape[:3] == (B, S_kv, H_kv) and (B_k, D_k) == (B, D) and H_kv > 0 and D > 0 and H_q % H_kv == 0
+    *B, _, H_q, D = q.shape
+    *B_k, _, H_kv, D_k = k.shape
+    fit = v.shape[:-1] == k.shape[:-1] and (B_k, D_k) == (B, D) and H_kv > 0 and D > 0 and H_q % H_kv == 0
     return fit and q.dtype in (CUDA_DTYPES if q.is_cuda else CPU_DTYPES)
 
 
-def _tensors_fit(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _alike(function: str, layout: str, dims: int, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
-            raise ValueError(f"{function}: {name} must have 4 dimensions [B, S, H, D], got shape {tuple(t.shape)}")
+        if t.dim() != dims:
+            raise ValueError(f"{function}: {name} must have {dims} dimensions {layout}, got shape {tuple(t.shape)}")
         if t.device != q.device:
             raise ValueError(f"{function}: q, k and v must be on one device, got q on {q.device}, {name} on {t.device}")
         if t.dtype is not q.dtype:
             raise TypeError(f"{function}: q, k and v must share a dtype, got q {_name(q.dtype)}, {name} {_name(t.dtype)}")
     _dtype(function, q)
-    B, _, H_q, D = q.shape
-    B_k, S_kv, H_kv, D_k = k.shape
-    B_v, S_v, H_v, _ = v.shape
-    _size(B_k == B, lambda: f"{function}: k must have the batch size of q, got B={B_k} for k, B={B} for q")
-    _size(B_v == B, lambda: f"{function}: v must have the batch size of q, got B={B_v} for v, B={B} for q")
+
+
+def _sizes_fit(function: str, length: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """All sizes but that of the batch; `length` is what the length of k and v is called."""
+    H_q, D = q.shape[-2:]
+    S_kv, H_kv, D_k = k.shape[-3:]
+    S_v, H_v = v.shape[-3:-1]
     _size(D_k == D, lambda: f"{function}: k must have the head size of q, got D={D_k} for k, D={D} for q")
-    _size(S_v == S_kv, lambda: f"{function}: v must have the length of k, got S_kv={S_v} for v, S_kv={S_kv} for k")
+    _size(S_v == S_kv, lambda: f"{function}: v must have the length of k, got {length}={S_v} for v, {length}={S_kv} for k")
     _size(H_v == H_kv, lambda: f"{function}: v must have the heads of k, got H_kv={H_v} for v, H_kv={H_kv} for k")
     _size(H_kv > 0, lambda: f"{function}: H_kv must be at least 1, got H_kv={H_kv}")
     _size(D > 0, lambda: f"{function}: D must be at least 1, got D={D}")
@@ -128,10 +194,10 @@ def _numbers(function: str, scale: float | None, softcap: float) -> None:
 
 
 def attention_bwd(function: str, do: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
-    """do, out [B, S_q, H_q, D_v] in q.dtype; lse, dlse [B, H_q, S_q] float32, float64 for float64 q."""
-    B, S_q, H_q, _ = q.shape
+    """do, out [B, S_q, H_q, D_v] in q.dtype; lse, dlse [B, H_q, S_q] float32, float64 for float64 q. Packed: the same without B."""
+    *B, S_q, H_q, _ = q.shape
     exact = torch.float64 if q.dtype is torch.float64 else torch.float32
-    outer, inner = (B, S_q, H_q, v.shape[3]), (B, H_q, S_q)
+    outer, inner = (*B, S_q, H_q, v.shape[-1]), (*B, H_q, S_q)
     for name, t, shape, dtype in (
         ("do", do, outer, q.dtype),
         ("out", out, outer, q.dtype),

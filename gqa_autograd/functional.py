@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, ops, plans
+from . import checks, ops, ops_varlen, plans
 
 
 # softcap is 0 and not 0.0 by default: compile(dynamic=True) takes a float default for a symbol, and then compiles the first graph twice
@@ -43,7 +43,7 @@ def attention(
     """
     if run := plans.planned(q, k, v, causal, scale, softcap, window, deterministic, False):
         return run(q, k, v)
-    q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
+    q, k, v, settings = settle("attention", q, k, v, causal, scale, softcap, window, deterministic)
     if needs_grad(q, k, v):
         return _differentiable(q, k, v, settings)[0]
     return ops.run(ops.attention_fwd, q, k, v, *settings)
@@ -70,10 +70,90 @@ def attention_with_lse(
     """
     if run := plans.planned(q, k, v, causal, scale, softcap, window, deterministic, True):
         return run(q, k, v)
-    q, k, v, settings = settle(q, k, v, causal, scale, softcap, window, deterministic)
+    q, k, v, settings = settle("attention", q, k, v, causal, scale, softcap, window, deterministic)
     if needs_grad(q, k, v):
         return _differentiable(q, k, v, settings)
     return ops.run(ops.attention_fwd_lse, q, k, v, *settings)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float = 0,
+    window: tuple[int, int] = (-1, -1),
+    deterministic: bool | None = None,
+) -> Tensor:
+    """`attention` of N sequences of any lengths, packed one after the other without padding: for each n
+
+        out[a:b] = attention(q[a:b], k[c:d], v[c:d]),  a, b = cu_seqlens_q[n], cu_seqlens_q[n + 1],  c, d likewise of cu_seqlens_k
+
+    with S_q = b - a and S_kv = d - c, aligned at their ends. Either may be 0: a query without keys gives out = 0 and zero gradients. What
+    one sequence holds reaches no other, and each has the bits that it has alone.
+
+    Args:
+        q: [T_q, H_q, D]; k: [T_kv, H_kv, D]; v: [T_kv, H_kv, D_v]. dtypes, strides, heads as for `attention`.
+        cu_seqlens_q, cu_seqlens_k: [N + 1], int32, on the device of q: 0 first, never decreasing, T_q and T_kv at most. On a CPU the values
+            are checked; on CUDA they are not, for the host would have to wait for them, and what they then say is undefined, though no
+            memory outside the tensors is touched.
+        max_seqlen_q, max_seqlen_k: the longest lengths, which other libraries need: accepted, and not used for anything.
+        causal, scale, softcap, window, deterministic: as for `attention`, within each sequence.
+    Returns:
+        [T_q, H_q, D_v] in q.dtype, differentiable once in q, k and v. Tokens beyond the last offset belong to no sequence: they may hold
+        anything, NaN included, their gradients are exactly 0, and their rows of out are undefined: never written, perhaps not finite. Mask
+        them or cut them off before a sum over tokens, as the gradient of a projection's weight is one.
+    Raises:
+        ValueError for a shape, a number or offsets, TypeError for a dtype, NotImplementedError on CUDA for what no kernel computes, as
+        gradients of packed sequences are for now.
+    Source: arXiv:2307.08691 algorithms 1 and 2; docs/maths/attention.md.
+    """
+    offsets = (cu_seqlens_q, cu_seqlens_k)
+    q, k, v, settings = settle_varlen(
+        "attention_varlen", q, k, v, *offsets, max_seqlen_q, max_seqlen_k, causal, scale, softcap, window, deterministic
+    )
+    if needs_grad(q, k, v):
+        return _differentiable_varlen(q, k, v, *offsets, settings)[0]
+    return ops.run(ops_varlen.attention_varlen_fwd, q, k, v, *offsets, *settings)
+
+
+def attention_varlen_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float = 0,
+    window: tuple[int, int] = (-1, -1),
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): out as `attention_varlen`, lse[h, i] = ln sum_j exp z_ij over the keys that query i sees in its sequence; -inf where
+    it sees none.
+
+    Args: as `attention_varlen`.
+    Returns: out [T_q, H_q, D_v] in q.dtype; lse [H_q, T_q], float32 (float64 for float64 inputs), natural logarithm, scale and softcap
+        included. Both are differentiable in q, k and v. Rows of tokens beyond the last offset are undefined in both.
+    Raises: as `attention_varlen`.
+    Source: arXiv:2307.08691 algorithm 1; docs/maths/attention.md.
+    """
+    offsets = (cu_seqlens_q, cu_seqlens_k)
+    q, k, v, settings = settle_varlen(
+        "attention_varlen", q, k, v, *offsets, max_seqlen_q, max_seqlen_k, causal, scale, softcap, window, deterministic
+    )
+    if needs_grad(q, k, v):
+        return _differentiable_varlen(q, k, v, *offsets, settings)
+    return ops.run(ops_varlen.attention_varlen_fwd_lse, q, k, v, *offsets, *settings)
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,14 +177,14 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 
 
 def settle(
-    q, k, v, causal=False, scale=None, softcap=0.0, window=(-1, -1), deterministic=None
+    function, q, k, v, causal=False, scale=None, softcap=0.0, window=(-1, -1), deterministic=None
 ) -> tuple[Tensor, Tensor, Tensor, ops.Settings]:
-    """The arguments of `attention` as its operators take them."""
-    checks.tensors("attention", q=q, k=k, v=v)
+    """The arguments of `attention` as its operators take them; `function` is what messages call it."""
+    checks.tensors(function, q=q, k=k, v=v)
     # Forward-mode AD has no hook in a custom operator: its tangents would be zero in silence
     if forward_ad._current_level >= 0:
-        checks.no_tangents("attention", q=q, k=k, v=v)
-    left, right = checks.window("attention", causal, window)
+        checks.no_tangents(function, q=q, k=k, v=v)
+    left, right = checks.window(function, causal, window)
     device = q.device.type
     # torch has no answer for meta tensors, which have shapes only
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -115,6 +195,17 @@ def settle(
         strict = torch.compiler.is_compiling() or not torch.is_deterministic_algorithms_warn_only_enabled()
         deterministic = torch.are_deterministic_algorithms_enabled() and strict
     return q, k, v, ops.Settings(left, right, scale, softcap, deterministic)
+
+
+def settle_varlen(
+    function, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *args, **options
+) -> tuple[Tensor, Tensor, Tensor, ops.Settings]:
+    """The same for `attention_varlen`."""
+    checks.tensors(function, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    # While compile traces nobody touches these: a look at an int would bind the graph to its value
+    if not torch.compiler.is_compiling():
+        checks.lengths(function, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    return settle(function, q, k, v, *args, **options)
 
 
 def needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -144,3 +235,13 @@ def _differentiable(q: Tensor, k: Tensor, v: Tensor, settings: ops.Settings) -> 
     if torch.compiler.is_compiling():
         return ops.attention_fwd_lse(q, k, v, *settings)
     return (ops.Attention if _transformed() else ops.EagerAttention).apply(q, k, v, *settings)
+
+
+def _differentiable_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, settings: ops.Settings
+) -> tuple[Tensor, Tensor]:
+    ops_varlen.tiles(q, v, settings, backward=True)
+    if torch.compiler.is_compiling():
+        return ops_varlen.attention_varlen_fwd_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings)
+    function = ops_varlen.AttentionVarlen if _transformed() else ops_varlen.EagerAttentionVarlen
+    return function.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings)

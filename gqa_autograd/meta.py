@@ -31,3 +31,20 @@ def attention_fwd_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def attention_bwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv: shapes and dtypes of q, k, v, contiguous."""
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def attention_varlen_fwd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """out [T_q, H_q, D_v], contiguous, in q.dtype."""
+    T_q, H_q, _ = q.shape
+    return q.new_empty((T_q, H_q, v.shape[2]))
+
+
+def attention_varlen_fwd_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out as attention_varlen_fwd; lse [H_q, T_q], contiguous, natural logarithm."""
+    T_q, H_q, _ = q.shape
+    return attention_varlen_fwd(q, k, v), q.new_empty((H_q, T_q), dtype=lse_dtype(q))
+
+
+def attention_varlen_bwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv: shapes and dtypes of q, k, v, contiguous."""
+    return attention_bwd(q, k, v)

@@ -104,27 +104,31 @@ class GQAttention(nn.Module):
         positions: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
+        max_seqlen: int | Tensor | None = None,
         kv_cache: Any = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """y [B, S, E], or (y, lse) with return_lse
+        """y [B, S, E], or (y, lse) with return_lse; packed, y [T, E]
 
         Args:
-            x: [B, S, E].
-            positions: integers [S], [1, S] or [B, S], by which `rope` rotates; 0 … S - 1 when None. What a token sees depends on its
-                place in x, not on its position.
+            x: [B, S, E], or with cu_seqlens [T, E]: N sequences one after the other, each of which sees only itself.
+            positions: integers [S], [1, S] or [B, S], packed with S = T and B = 1, by which `rope` rotates; 0 … S - 1 when None, packed 0 …
+                in each sequence. What a token sees depends on its place in x, not on its position.
             position_embeddings: (cos, sin), each [1, S, D] or [B, S, D], as `rotary_embedding` returns them and as Hugging Face passes
                 them; they rotate q and k in place of `rope`. To compute them once for all layers, or for a scaled rotation.
-            cu_seqlens, max_seqlen, kv_cache: not supported yet.
-            return_lse: return lse [B, H_q, S] as well: float32, natural logarithm, differentiable.
+            cu_seqlens: int32 [N + 1], the offsets of `functional.attention_varlen`, for packed x. Tokens beyond the last one get
+                o_proj(0), and no gradient but that of o_proj's bias.
+            max_seqlen: with cu_seqlens, accepted for the sake of other libraries; not used.
+            kv_cache: not supported yet.
+            return_lse: return lse [B, H_q, S], packed [H_q, T], as well: float32, natural logarithm, differentiable.
         Returns: y in the dtype of o_proj's output: that of x and the parameters, under autocast the autocast dtype.
-        Raises: ValueError for a shape, TypeError for a dtype, NotImplementedError for packed input, a cache, and on CUDA for what no
-            kernel computes. On CUDA the attention takes float16 and bfloat16 only; float32 parameters need torch.autocast.
+        Raises: ValueError for a shape, TypeError for a dtype, NotImplementedError for a cache, and on CUDA for what no kernel computes. On
+            CUDA the attention takes float16 and bfloat16 only; float32 parameters need torch.autocast.
         """
-        _refuse(x, cu_seqlens, max_seqlen, kv_cache)
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(f"GQAttention: x must be [B, S, E] with E={self.embed_dim}, got shape {tuple(x.shape)}")
+        _check_input(x, cu_seqlens, max_seqlen, kv_cache, self.embed_dim)
+        if cu_seqlens is not None:
+            # A batch of one, until the heads are handed on
+            x = x.unsqueeze(0)
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.v_head_dim))
@@ -132,16 +136,28 @@ class GQAttention(nn.Module):
             q = self.q_norm(q)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        cos_sin = self._cos_sin(x, positions, position_embeddings)
+        cos_sin = self._cos_sin(x, positions, position_embeddings, cu_seqlens)
         if cos_sin is not None:
             q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
+        if cu_seqlens is not None:
+            return self._packed(q[0], k[0], v[0], cu_seqlens, max_seqlen, return_lse)
         if not return_lse:
             return self.o_proj(self.attention(q, k, v).flatten(2))
         out, lse = self.attention(q, k, v, return_lse=True)
         return self.o_proj(out.flatten(2)), lse
 
+    def _packed(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | Tensor | None, return_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        result = self.attention(q, k, v, return_lse=return_lse, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        out = result[0] if return_lse else result
+        # Rows of out that nobody wrote may hold NaN, and 0 · NaN would spoil the gradient of o_proj's weight
+        rest = torch.arange(out.shape[0], device=out.device) >= cu_seqlens[-1]
+        y = self.o_proj(out.masked_fill(rest[:, None, None], 0).flatten(1))
+        return (y, result[1]) if return_lse else y
+
     def _cos_sin(
-        self, x: Tensor, positions: Tensor | None, position_embeddings: tuple[Tensor, Tensor] | None
+        self, x: Tensor, positions: Tensor | None, position_embeddings: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
         """(cos, sin), each [1 or B, S, D], or None for no rotation."""
         if position_embeddings is not None:
@@ -153,7 +169,7 @@ class GQAttention(nn.Module):
                 raise ValueError("GQAttention: positions must be None without rope, which they are for; got positions, and rope=None")
             return None
         if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
+            positions = _counted(x.shape[1], x.device, cu_seqlens)
         else:
             _check_positions(x, positions)
         cos, sin = rotary_embedding(positions if positions.dim() == 2 else positions.unsqueeze(0), self.head_dim, self.rope)
@@ -181,21 +197,27 @@ class InnerAttention(nn.Module):
             raise TypeError(f"GQAttention: deterministic must be True, False or None, got {deterministic!r}")
         self.deterministic = deterministic
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """out [B, S_q, H_q, D_v] of q [B, S_q, H_q, D], k [B, S_kv, H_kv, D], v [B, S_kv, H_kv, D_v]; (out, lse) with return_lse."""
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        return_lse: bool = False,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """out [B, S_q, H_q, D_v] of q [B, S_q, H_q, D], k [B, S_kv, H_kv, D], v [B, S_kv, H_kv, D_v]; (out, lse) with return_lse.
+
+        With cu_seqlens the same without B: q [T, H_q, D] and so on, sequences packed."""
         # The functional form counts the tokens beside this one, the module counts this one too
         side = -1 if self.window is None else self.window - 1
-        attention = functional.attention_with_lse if return_lse else functional.attention
-        return attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            scale=self.scale,
-            softcap=self.softcap,
-            window=(side, side),
-            deterministic=self.deterministic,
-        )
+        options: dict[str, Any] = {"causal": self.causal, "scale": self.scale, "softcap": self.softcap, "window": (side, side)}
+        options["deterministic"] = self.deterministic
+        if cu_seqlens is None:
+            return (functional.attention_with_lse if return_lse else functional.attention)(q, k, v, **options)
+        packed = functional.attention_varlen_with_lse if return_lse else functional.attention_varlen
+        return packed(q, k, v, cu_seqlens, cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, **options)
 
     def extra_repr(self) -> str:
         parts = [f"causal={self.causal}"]
@@ -240,6 +262,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)
 
 
+def _counted(S: int, device: torch.device, cu_seqlens: Tensor | None) -> Tensor:
+    """The positions [S] of tokens: their places, packed those in their own sequences."""
+    if cu_seqlens is None:
+        return torch.arange(S, device=device)
+    token = torch.arange(S, dtype=cu_seqlens.dtype, device=device)
+    # The last offset that is not beyond the token begins its sequence, also where empty ones begin there too
+    return token - cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
+
+
 # --- what the module accepts ---
 def _integer(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
@@ -276,18 +307,27 @@ def _eps(qk_norm: bool | float | None) -> float | None:
     return 1e-6 if qk_norm is True else _number("qk_norm", qk_norm, above=0)
 
 
-def _refuse(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, kv_cache: Any) -> None:
+def _check_input(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | Tensor | None, kv_cache: Any, E: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"GQAttention: x must be a torch.Tensor, got {type(x).__name__}")
     if kv_cache is not None:
         raise NotImplementedError(f"GQAttention: kv_cache must be None, there is no decoding yet, got {type(kv_cache).__name__}")
-    for name, value in (("cu_seqlens", cu_seqlens), ("max_seqlen", max_seqlen)):
-        if value is not None:
-            raise NotImplementedError(
-                f"GQAttention: {name} must be None, there is no packed form yet, got {type(value).__name__}; pass x as [B, S, E]"
-            )
-    if x.dim() == 2:
-        raise NotImplementedError(f"GQAttention: x must be [B, S, E], there is no packed form [T, E] yet, got shape {tuple(x.shape)}")
+    if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError(f"GQAttention: max_seqlen must be None without cu_seqlens, got {type(max_seqlen).__name__}")
+        if x.dim() != 3 or x.shape[2] != E:
+            raise ValueError(f"GQAttention: x must be [B, S, E] with E={E}, or [T, E] with cu_seqlens, got shape {tuple(x.shape)}")
+        return
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"GQAttention: cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype is not torch.int32:
+        raise TypeError(f"GQAttention: cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"GQAttention: cu_seqlens must be [N + 1], got shape {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"GQAttention: cu_seqlens must be on the device of x, got {cu_seqlens.device}, x on {x.device}")
+    if x.dim() != 2 or x.shape[1] != E:
+        raise ValueError(f"GQAttention: x must be [T, E] with cu_seqlens and E={E}, got shape {tuple(x.shape)}")
 
 
 def _check_positions(x: Tensor, positions: Tensor) -> None:

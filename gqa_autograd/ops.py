@@ -25,17 +25,17 @@ class Settings(NamedTuple):
     deterministic: bool = False
 
 
-_LIBRARY = Library("gqa_autograd", "DEF")
-_SETTINGS = "int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, bool deterministic=False"
-_FWD = f"(Tensor q, Tensor k, Tensor v, {_SETTINGS})"
-_BWD = f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, {_SETTINGS})"
+LIBRARY = Library("gqa_autograd", "DEF")
+SETTINGS = "int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0, bool deterministic=False"
+_FWD = f"(Tensor q, Tensor k, Tensor v, {SETTINGS})"
+_BWD = f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, {SETTINGS})"
 _SCHEMAS = {
     "attention_fwd": f"{_FWD} -> Tensor",
     "attention_fwd_lse": f"{_FWD} -> (Tensor, Tensor)",
     "attention_bwd": f"{_BWD} -> (Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
 attention_fwd = torch.ops.gqa_autograd.attention_fwd.default
 attention_fwd_lse = torch.ops.gqa_autograd.attention_fwd_lse.default
 attention_bwd = torch.ops.gqa_autograd.attention_bwd.default
@@ -48,14 +48,14 @@ def _body(operator, device: str):
     """Registers a function as the body of an operator on a device."""
 
     def register(function):
-        _LIBRARY.impl(operator, function, device)
+        LIBRARY.impl(operator, function, device)
         return function
 
     return register
 
 
 def _fake(operator):
-    return lambda function: register_fake(operator, function, lib=_LIBRARY)
+    return lambda function: register_fake(operator, function, lib=LIBRARY)
 
 
 def run(operator, *args):
@@ -328,6 +328,6 @@ for _operator, _backward, _setup in (
     (attention_fwd_lse, Attention.backward, Attention.setup_context),
     (attention_bwd, AttentionGradient.backward, None),
 ):
-    register_autograd(_operator, _backward, setup_context=_setup, lib=_LIBRARY)
-    register_vmap(_operator, _fold_into_batch(_operator), lib=_LIBRARY)
+    register_autograd(_operator, _backward, setup_context=_setup, lib=LIBRARY)
+    register_vmap(_operator, _fold_into_batch(_operator), lib=LIBRARY)
 flops.register([torch.ops.gqa_autograd.attention_fwd, torch.ops.gqa_autograd.attention_fwd_lse], [torch.ops.gqa_autograd.attention_bwd])

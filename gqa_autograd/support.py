@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, functional, ops
+from . import checks, functional, ops, ops_varlen
 
 
 class Support(NamedTuple):
@@ -38,11 +38,12 @@ class Explanation(NamedTuple):
 
 REFERENCE = "the definition in plain PyTorch"
 KERNEL = "TileLang kernels for sm_90a"
-FEATURES = ("causal", "window", "softcap", "deterministic")
+FEATURES = ("causal", "window", "softcap", "deterministic", "varlen")
 
 
 def supported() -> tuple[Support, ...]:
-    """What `attention` computes, a row for each kind of device; everything else raises NotImplementedError or TypeError there.
+    """What `attention`, and by the feature "varlen" `attention_varlen`, compute, a row for each kind of device; everything else raises
+    NotImplementedError or TypeError there.
 
     Lengths, head counts with H_q a multiple of H_kv, strides and finite scales are free on every device.
 
@@ -57,21 +58,38 @@ def supported() -> tuple[Support, ...]:
     )
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options) -> Explanation:
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    **options,
+) -> Explanation:
     """Says what `attention(q, k, v, **options)` would run, and runs nothing.
 
     Args:
         q, k, v, options: as for `attention`; grad mode and requires_grad count as they do there.
-        return_lse: explain `attention_with_lse` instead.
+        cu_seqlens_q, cu_seqlens_k: explain `attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)` instead.
+        return_lse: explain `attention_with_lse`, or `attention_varlen_with_lse`, instead.
     Returns: Explanation, whose str() is one readable line.
     Raises: what the call would raise, with the same message.
     """
-    q, k, v, settings = functional.settle(q, k, v, **options)
-    checks.attention("attention", q, k, v, settings.scale, settings.softcap)
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        prefix = "attention"
+        q, k, v, settings = functional.settle(prefix, q, k, v, **options)
+        checks.attention(prefix, q, k, v, settings.scale, settings.softcap)
+    else:
+        prefix = "attention_varlen"
+        q, k, v, settings = functional.settle_varlen(prefix, q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+        assert cu_seqlens_q is not None and cu_seqlens_k is not None  # noqa: PT018, or settle_varlen had refused
+        checks.attention_varlen(prefix, q, k, v, cu_seqlens_q, cu_seqlens_k, settings.scale, settings.softcap)
     backward = functional.needs_grad(q, k, v)
-    operators = ["attention_fwd_lse" if backward or return_lse else "attention_fwd"] + ["attention_bwd"] * backward
-    tiles = ops.tiles(q, v, settings, backward)
-    return Explanation(tuple(operators), REFERENCE if tiles == (None, None) else KERNEL, *tiles)
+    operators = ["fwd_lse" if backward or return_lse else "fwd"] + ["bwd"] * backward
+    tiles = (ops if prefix == "attention" else ops_varlen).tiles(q, v, settings, backward)
+    return Explanation(tuple(f"{prefix}_{name}" for name in operators), REFERENCE if tiles == (None, None) else KERNEL, *tiles)
 
 
 def warmup(
@@ -82,6 +100,7 @@ def warmup(
     causal: bool | None = None,
     window: bool = False,
     softcap: bool = False,
+    varlen: bool = False,
     backward: bool = True,
     device: torch.device | str | int | None = None,
 ) -> int:
@@ -91,6 +110,7 @@ def warmup(
     Args:
         D: head size or sizes. dtype: float16, bfloat16 or both. D_v: the head size of v, that of q and k when None.
         causal: None for both masks. window: the kernels for a sliding window instead. softcap: those with a softcap.
+        varlen: the kernels of `attention_varlen` instead.
         backward: also what training needs.
         device: a CUDA device: each kernel is launched there once, which a graph capture needs. None only builds; no GPU is needed.
     Returns: how many kernels this process has by now. They stay in TileLang's disk cache, TILELANG_CACHE_DIR.
@@ -105,7 +125,7 @@ def warmup(
         [{"window": (1, 0)}] if window else [{"causal": c} for c in ((True, False) if causal is None else (causal,))]
     )
     wanted = [
-        _Wanted((size, size if D_v is None else D_v), kind, {**mask, "softcap": 1.0 if softcap else 0.0}, backward)
+        _Wanted((size, size if D_v is None else D_v), kind, {**mask, "softcap": 1.0 if softcap else 0.0}, varlen, backward)
         for size, kind, mask in itertools.product(sizes, dtypes, masks)
     ]
     for configuration in wanted:
@@ -118,11 +138,13 @@ def warmup(
 
 
 class _Wanted(NamedTuple):
-    """What `warmup` is to build: sizes (D, D_v), dtype, the options of `attention`, and whether gradients are wanted."""
+    """What `warmup` is to build: sizes (D, D_v), dtype, the options of `attention`, whether sequences are packed, whether gradients are
+    wanted."""
 
     sizes: tuple[int, int]
     dtype: torch.dtype
     options: dict[str, Any]
+    varlen: bool
     backward: bool
 
 
@@ -134,7 +156,10 @@ def _tiles(wanted: _Wanted) -> tuple:
         raise TypeError(f"warmup: dtype must be float16 or bfloat16, got {str(wanted.dtype).removeprefix('torch.')}")
     left, right = checks.window("warmup", wanted.options.get("causal", False), wanted.options.get("window", (-1, -1)))
     arguments = ("warmup", *wanted.sizes, left, right, wanted.options["softcap"])
-    return config.forward(*arguments), config.backward(*arguments, False) if wanted.backward else None
+    forward = config.forward(*arguments, packed=wanted.varlen)
+    if not wanted.backward:
+        return forward, None
+    return forward, config.backward_packed("warmup") if wanted.varlen else config.backward(*arguments, False)
 
 
 def _build(wanted: _Wanted) -> None:
@@ -150,9 +175,15 @@ def _build(wanted: _Wanted) -> None:
 
 def _launch(wanted: _Wanted, device: torch.device) -> None:
     D, D_v = wanted.sizes
-    q, k, v = (torch.zeros(1, 1, 1, size, dtype=wanted.dtype, device=device, requires_grad=wanted.backward) for size in (D, D, D_v))
+    shape = (1, 1) if wanted.varlen else (1, 1, 1)
+    q, k, v = (torch.zeros(*shape, size, dtype=wanted.dtype, device=device, requires_grad=wanted.backward) for size in (D, D, D_v))
+    arguments: Any = (q, k, v)
+    functions: Any = (functional.attention, functional.attention_with_lse)
+    if wanted.varlen:
+        arguments += (torch.tensor([0, 1], dtype=torch.int32, device=device),) * 2
+        functions = (functional.attention_varlen, functional.attention_varlen_with_lse)
     with torch.no_grad():
-        functional.attention(q, k, v, **wanted.options)
-        functional.attention_with_lse(q, k, v, **wanted.options)
+        for function in functions:
+            function(*arguments, **wanted.options)
     if wanted.backward:
-        functional.attention(q, k, v, **wanted.options).sum().backward()
+        functions[0](*arguments, **wanted.options).sum().backward()

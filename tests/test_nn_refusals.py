@@ -63,6 +63,7 @@ def pair(*shape):
 
 
 X = torch.zeros(2, 5, E)
+CU = torch.tensor([0, 5], dtype=torch.int32)
 ROPE = {"rope": 1e4}
 
 
@@ -70,12 +71,33 @@ ROPE = {"rope": 1e4}
     ("options", "x", "call", "error", "message"),
     [
         ({}, [1.0], {}, TypeError, "x must be a torch.Tensor, got list"),
-        ({}, X[..., 1:], {}, ValueError, "x must be [B, S, E] with E=32, got shape (2, 5, 31)"),
-        ({}, X[None], {}, ValueError, "x must be [B, S, E] with E=32, got shape (1, 2, 5, 32)"),
-        ({}, X[0], {}, NotImplementedError, "x must be [B, S, E], there is no packed form [T, E] yet, got shape (5, 32)"),
-        ({}, X, {"cu_seqlens": torch.tensor([0, 5])}, NotImplementedError, "cu_seqlens must be None, there is no packed form yet"),
-        ({}, X[0], {"cu_seqlens": torch.tensor([0, 5])}, NotImplementedError, "got Tensor; pass x as [B, S, E]"),
-        ({}, X, {"max_seqlen": 5}, NotImplementedError, "max_seqlen must be None, there is no packed form yet, got int"),
+        ({}, X[..., 1:], {}, ValueError, "x must be [B, S, E] with E=32, or [T, E] with cu_seqlens, got shape (2, 5, 31)"),
+        ({}, X[None], {}, ValueError, "x must be [B, S, E] with E=32, or [T, E] with cu_seqlens, got shape (1, 2, 5, 32)"),
+        ({}, X[0], {}, ValueError, "x must be [B, S, E] with E=32, or [T, E] with cu_seqlens, got shape (5, 32)"),
+        ({}, X, {"max_seqlen": 5}, ValueError, "max_seqlen must be None without cu_seqlens, got int"),
+        ({}, X, {"cu_seqlens": CU}, ValueError, "x must be [T, E] with cu_seqlens and E=32, got shape (2, 5, 32)"),
+        ({}, X[0, :, 1:], {"cu_seqlens": CU}, ValueError, "x must be [T, E] with cu_seqlens and E=32, got shape (5, 31)"),
+        ({}, X[0], {"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens must be a torch.Tensor, got list"),
+        ({}, X[0], {"cu_seqlens": CU.long()}, TypeError, "cu_seqlens must be int32, got torch.int64"),
+        ({}, X[0], {"cu_seqlens": CU[None]}, ValueError, "cu_seqlens must be [N + 1], got shape (1, 2)"),
+        ({}, X[0], {"cu_seqlens": CU[:0]}, ValueError, "cu_seqlens must be [N + 1], got shape (0,)"),
+        ({}, X[0], {"cu_seqlens": CU.to("meta")}, ValueError, "cu_seqlens must be on the device of x, got meta, x on cpu"),
+        ({}, X[0], {"cu_seqlens": CU, "kv_cache": object()}, NotImplementedError, "kv_cache must be None, there is no decoding yet"),
+        (
+            ROPE,
+            X[0],
+            {"cu_seqlens": CU, "positions": torch.arange(4)},
+            ValueError,
+            "positions must be [S] or [B, S] with B=1, S=5, got shape (4,)",
+        ),
+        ({}, X[0], {"cu_seqlens": CU, "positions": torch.arange(5)}, ValueError, "positions must be None without rope"),
+        (
+            {},
+            X[0],
+            {"cu_seqlens": CU, "position_embeddings": pair(2, 5, D)},
+            ValueError,
+            "position_embeddings cos must be [1, S, D] or [B, S, D] with B=1, S=5, D=16, got shape (2, 5, 16)",
+        ),
         ({}, X, {"kv_cache": object()}, NotImplementedError, "kv_cache must be None, there is no decoding yet, got object"),
         ({}, X, {"positions": torch.arange(5)}, ValueError, "positions must be None without rope"),
         (

@@ -31,21 +31,23 @@ FILES = sorted(
 
 # What each part may import of the package. "(kernels)": only inside a function, so that importing the package needs no compiler
 MAY_IMPORT = {
-    "__init__": {"_version", "functional", "ops", "nn", "distributed", "cache", "support"},
+    "__init__": {"_version", "functional", "ops_varlen", "nn", "distributed", "cache", "support"},
     "_version": set(),
     "cache": set(),
     "checks": set(),
     "distributed": {"distributed", "functional"},
     "flops": set(),
-    "functional": {"ops", "checks", "plans", "(kernels)"},
+    "functional": {"ops", "ops_varlen", "checks", "plans", "(kernels)"},
     "kernels": {"kernels"},
     "meta": set(),
     "nn": {"functional"},
     "ops": {"meta", "checks", "flops", "plans", "reference", "(kernels)"},
+    "ops_varlen": {"ops", "meta", "checks", "flops", "reference", "(kernels)"},
     "plans": set(),
     "reference": {"reference"},
-    "support": {"functional", "ops", "checks", "(kernels)"},
+    "support": {"functional", "ops", "ops_varlen", "checks", "(kernels)"},
     "testing": {"reference", "functional", "meta", "checks"},
+    "testing_varlen": {"testing", "functional", "checks"},
 }
 
 

@@ -7,9 +7,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gqa_autograd import attention, attention_with_lse, flops, merge_states, testing
+from gqa_autograd import attention, attention_varlen, attention_with_lse, flops, merge_states, testing, testing_varlen
 from gqa_autograd.testing import Case
 
 SIDE = st.integers(-1, 6)
@@ -175,3 +176,33 @@ def test_flop_counter(options, left, right, lengths):
         attention(q, k, v, **options).sum().backward()
     assert inference.get_total_flops() == count * (8 + 9)
     assert training.get_total_flops() == count * (8 + 9) + count * (3 * 8 + 2 * 9)
+
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=5)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(LENGTHS, st.integers(0, 3), st.integers(0, 3), st.integers(-1, 8), st.integers(-1, 8))
+def test_packed_pairs(lengths, tail_q, tail_kv, left, right):
+    """Counted one by one from offsets on a CPU; without them a bound that holds, and is met by one sequence."""
+    offsets = [testing_varlen.offsets(tuple(column)) for column in (zip(*lengths, strict=True) if lengths else ((), ()))]
+    T_q, T_kv = (int(t[-1]) + tail for t, tail in zip(offsets, (tail_q, tail_kv), strict=True))
+    count = sum(pairs(S_q, S_kv, left, right) for S_q, S_kv in lengths)
+    assert flops.packed_pairs(T_q, T_kv, *offsets, left, right) == count
+    bound = flops.packed_pairs(T_q, T_kv, *(t.to("meta") for t in offsets), left, right)
+    assert count <= bound == pairs(T_q, T_kv, left, right)
+
+
+def test_flop_counter_of_packed_sequences():
+    case = testing_varlen.PackedCase((5, 0, 11), (7, 3, 4), 6, 3, 8, causal=True, dtype=torch.float32, D_v=9, tail_q=2)
+    q, k, v, _, *offsets = testing_varlen.make(case)
+    count = 2 * 6 * (pairs(5, 7, -1, 0) + pairs(11, 4, -1, 0))
+    with FlopCounterMode(display=False) as inference, torch.no_grad():
+        attention_varlen(q, k, v, *offsets, causal=True)
+    with FlopCounterMode(display=False) as training:
+        attention_varlen(q, k, v, *offsets, causal=True).sum().backward()
+    assert inference.get_total_flops() == count * (8 + 9)
+    assert training.get_total_flops() == count * (8 + 9) + count * (3 * 8 + 2 * 9)
+    with FakeTensorMode() as mode, FlopCounterMode(display=False) as fake, torch.no_grad():
+        attention_varlen(*(mode.from_tensor(t) for t in (q, k, v, *offsets)), causal=True)
+    assert fake.get_total_flops() == 2 * 6 * pairs(18, 14, -1, 0) * (8 + 9)

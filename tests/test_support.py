@@ -1,5 +1,6 @@
 """supported, explain and warmup, and what a CUDA call refuses; all of it without a GPU, on fake CUDA tensors."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_explain_shows_the_tiles_of_a_cuda_call(sizes, mask, softcap):
     with FakeTensorMode():
         said = gqa_autograd.explain(*qkv(D, requires_grad=trained, D_v=D_v), softcap=softcap, **MASKS[mask])
     assert said.body == support.KERNEL
-    assert said.forward_tile == config.FORWARD[D, D_v, mask, softcap > 0]
+    assert said.forward_tile == config.FORWARD[D, D_v, mask, softcap > 0, "dense"]
     assert said.backward_tile == (config.BACKWARD[D, mask == "causal"] if trained else None)
     assert f"block_N={said.forward_tile.block_N}" in str(said)
 
@@ -104,6 +105,64 @@ def test_cuda_refuses_by_name(function, options, tensors, error, message):
     assert message in str(caught.value)
 
 
+PACKED = "q, k and v on CUDA must not require gradients, packed sequences have no backward kernel yet; the forward alone runs under"
+
+
+def packed(**changed):
+    """The tensors of qkv as packed sequences, with offsets."""
+    q, k, v = (t.detach().flatten(0, 1).requires_grad_(t.requires_grad) for t in qkv(**changed))
+    return q, k, v, *(torch.zeros(3, dtype=torch.int32, device=q.device) for _ in "qk")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("function", [gqa_autograd.attention_varlen, gqa_autograd.attention_varlen_with_lse])
+def test_gradients_of_packed_sequences_are_refused_on_cuda(function, compiled):
+    """Before the forward, in eager and while compile traces; the forward alone has its kernel, and so has a raw backward its refusal."""
+    call = torch.compile(function, backend="eager", fullgraph=True) if compiled else function
+    with FakeTensorMode():
+        tensors = packed()
+        with pytest.raises(Exception, match=re.escape(f"attention_varlen: {PACKED}")) as caught:
+            call(*tensors)
+        assert compiled or caught.type is NotImplementedError
+        with torch.no_grad():
+            assert call(*tensors) is not None
+        q, k, v, *offsets = (t.detach() for t in tensors)
+        out, lse = gqa_autograd.attention_varlen_with_lse(q, k, v, *offsets)
+        with pytest.raises(NotImplementedError, match=re.escape(f"attention_varlen_bwd: {PACKED}")):
+            torch.ops.gqa_autograd.attention_varlen_bwd(out, q, k, v, out, lse, None, *offsets)
+
+
+@pytest.mark.parametrize("function", ["attention_varlen", "explain"])
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ({"D": 80}, NotImplementedError, f"attention_varlen: (D, D_v) on CUDA must be one of {config.D_FORWARD}, got (80, 80)"),
+        ({"dtype": torch.float32}, TypeError, "attention_varlen: q, k and v on CUDA must be float16 or bfloat16, got float32; cast them"),
+        ({"requires_grad": True}, NotImplementedError, f"attention_varlen: {PACKED}"),
+    ],
+    ids=["size", "dtype", "gradient"],
+)
+def test_cuda_refuses_packed_sequences_by_name(function, tensors, error, message):
+    with FakeTensorMode():
+        q, k, v, *offsets = packed(**{"requires_grad": False} | tensors)
+        with pytest.raises(error, match=re.escape(message)):
+            getattr(gqa_autograd, function)(q, k, v, **dict(zip(("cu_seqlens_q", "cu_seqlens_k"), offsets, strict=True)))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_explain_packed_sequences(return_lse):
+    with FakeTensorMode():
+        q, k, v, cu_q, cu_k = packed(requires_grad=False)
+        said = gqa_autograd.explain(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=33, causal=True, return_lse=return_lse)
+    assert said.operators == ("attention_varlen_fwd_lse" if return_lse else "attention_varlen_fwd",)
+    assert said.body == support.KERNEL
+    assert said.forward_tile == config.forward("", 128, 128, -1, 0, 0.0, packed=True)
+    assert said.backward_tile is None
+    q, k, v, cu_q, cu_k = packed(device="cpu")
+    said = gqa_autograd.explain(q.detach().requires_grad_(), k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    assert said == (("attention_varlen_fwd_lse", "attention_varlen_bwd"), support.REFERENCE, None, None)
+
+
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["", "deterministic"])
 def test_what_a_gradient_would_refuse_runs_without_one(options):
     with FakeTensorMode():
@@ -126,6 +185,8 @@ def test_deterministic_mode_that_only_warns_does_not_refuse():
         ({"D": 80}, NotImplementedError, "warmup: (D, D_v) on CUDA must be one of"),
         ({"D": 256}, NotImplementedError, "warmup: (D, D_v) for gradients on CUDA must be one of"),
         ({"D": 128, "window": True}, NotImplementedError, "warmup: window for gradients on CUDA"),
+        ({"varlen": True}, NotImplementedError, f"warmup: {PACKED}"),
+        ({"varlen": True, "D": 80, "backward": False}, NotImplementedError, "warmup: (D, D_v) on CUDA must be one of"),
         ({"D": 192, "D_v": 64, "backward": False}, NotImplementedError, "got (192, 64)"),
         ({"dtype": torch.float32}, TypeError, "warmup: dtype must be float16 or bfloat16, got float32"),
         ({"D": (128, 77), "dtype": (torch.float16, torch.bfloat16)}, NotImplementedError, "got (77, 77)"),
@@ -150,4 +211,17 @@ def test_warmup_builds_every_configuration_once(monkeypatch):
     gqa_autograd.warmup(256, causal=True, backward=False)
     gqa_autograd.warmup(192, D_v=128, window=True, softcap=True, backward=False)
     assert len(seen) == 2
-    assert support._tiles(*seen[1])[0] == config.FORWARD[192, 128, "window", True]
+    assert support._tiles(*seen[1])[0] == config.FORWARD[192, 128, "window", True, "dense"]
+    seen.clear()
+    gqa_autograd.warmup(varlen=True, causal=True, backward=False)
+    assert support._tiles(*seen[0])[0] == config.forward("", 128, 128, -1, 0, 0.0, packed=True)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_warmup_launches_what_it_builds(varlen, monkeypatch):
+    """On a CPU in place of the GPU: both forwards, and the backward where it is wanted."""
+    monkeypatch.setattr(support, "_build", lambda *configuration: None)
+    prefix = "attention_varlen" if varlen else "attention"
+    with testing.recorded() as bodies:
+        gqa_autograd.warmup(64, causal=True, varlen=varlen, backward=False, device="cpu")
+    assert bodies == [f"{prefix}_fwd", f"{prefix}_fwd_lse"]

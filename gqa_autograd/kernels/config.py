@@ -5,7 +5,7 @@ tile depends on a length or on the batch, so a row of a batch has the same bits 
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class Forward(NamedTuple):
@@ -118,3 +118,11 @@ def backward(function: str, D: int, D_v: int, window_left: int, window_right: in
     if deterministic:
         raise NotImplementedError(f"{function}: deterministic must be False for gradients on CUDA, dq is summed by atomics, got True")
     return BACKWARD[D, kind == "causal"]
+
+
+def backward_packed(function: str) -> NoReturn:
+    """NotImplementedError: no kernel computes gradients of packed sequences."""
+    raise NotImplementedError(
+        f"{function}: q, k and v on CUDA must not require gradients, packed sequences have no backward kernel yet; "
+        "the forward alone runs under torch.no_grad()"
+    )
