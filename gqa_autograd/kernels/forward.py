@@ -340,16 +340,17 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
                 else:
                     consumer(1, Q_1, K_smem, V_smem, O_smem[1], packet, bars, O, LSE, call)
 
-    tensors = {"Q": (rows_q, H_q, D), "K": (rows_kv, H_kv, D), "V": (rows_kv, H_kv, D_v)}
-    inputs = {t: T.StridedTensor([B, *shape], strides[t], dtype) for t, shape in tensors.items()}
+    queries = T.StridedTensor([B, rows_q, H_q, D], strides["Q"], dtype)
+    keys = T.StridedTensor([B, rows_kv, H_kv, D], strides["K"], dtype)
+    values = T.StridedTensor([B, rows_kv, H_kv, D_v], strides["V"], dtype)
 
     if packed:
 
         @T.prim_func
         def attention_fwd(
-            Q: inputs["Q"],
-            K: inputs["K"],
-            V: inputs["V"],
+            Q: queries,
+            K: keys,
+            V: values,
             O: output,
             LSE: lse if return_lse else output,
             cu_q: T.Tensor([offsets], "int32"),
@@ -369,9 +370,9 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
 
         @T.prim_func
         def attention_fwd(
-            Q: inputs["Q"],
-            K: inputs["K"],
-            V: inputs["V"],
+            Q: queries,
+            K: keys,
+            V: values,
             O: output,
             # Without LSE the output is passed again in its place
             LSE: lse if return_lse else output,
