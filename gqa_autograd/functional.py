@@ -201,7 +201,8 @@ def settle_varlen(
     function, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *args, **options
 ) -> tuple[Tensor, Tensor, Tensor, ops.Settings]:
     """The same for `attention_varlen`."""
-    checks.tensors(function, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    # All five at once: which one torch.compile meets first decides the order of the graph's inputs
+    checks.tensors(function, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     # While compile traces nobody touches these: a look at an int would bind the graph to its value
     if not torch.compiler.is_compiling():
         checks.lengths(function, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)

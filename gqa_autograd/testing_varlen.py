@@ -130,6 +130,13 @@ def ours(case: PackedCase, q, k, v, do, cu_seqlens_q, cu_seqlens_k, dlse: Tensor
     return Result(out.detach(), lse.detach(), *grads)
 
 
+@torch.no_grad()
+def forward(case: PackedCase, q, k, v, do, cu_seqlens_q, cu_seqlens_k) -> Result:
+    """`ours` where there are no gradients: out and lse, and NaN for the rest; compare them by names=("out",)."""
+    out, lse = functional.attention_varlen_with_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, **case.options)
+    return Result(out, lse, *(torch.full_like(t, torch.nan) for t in (q, k, v)))
+
+
 def exact(case: PackedCase, q, k, v, do, cu_seqlens_q, cu_seqlens_k, dlse: Tensor | None = None) -> Result:
     """The truth: `testing.exact` of each sequence. NaN in the tails of out and lse, 0 in those of the gradients."""
     return _each(testing.exact, case, torch.float64, q, k, v, do, dlse)

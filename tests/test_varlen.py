@@ -55,6 +55,18 @@ def test_closeness(case, with_dlse):
     testing_varlen.assert_untouched(case, ours)
 
 
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
+def test_closeness_beside_nan(case):
+    """The forward alone, with one sequence and the tails spoiled: what a kernel without a backward is held to."""
+    for spoiled in range(len(case.lengths_q)):
+        args = testing_varlen.spoil(case, testing_varlen.make(case), (spoiled,))
+        with testing.poisoned():
+            ours = testing_varlen.forward(case, *args)
+        plain, exact = testing_varlen.plain(case, *args), testing_varlen.exact(case, *args)
+        testing_varlen.assert_no_worse(case, ours, plain, exact, names=("out",), without=(spoiled,))
+        testing_varlen.assert_untouched(case, ours)
+
+
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_same_as_dense(case):
     """Each sequence has the bits that dense attention gives it alone."""

@@ -57,12 +57,12 @@ class TestGraphs(expecttest.TestCase):
                 normalize_gm(backend.graphs[0].print_readable(False)),
                 """\
 class GraphModule(torch.nn.Module):
-    def forward(self, L_cu_q_: "i32[5]", L_cu_k_: "i32[5]", L_q_: "f32[17, 6, 8]", L_k_: "f32[16, 3, 8]", L_v_: "f32[16, 3, 8]"):
-        l_cu_q_ = L_cu_q_
-        l_cu_k_ = L_cu_k_
+    def forward(self, L_q_: "f32[17, 6, 8]", L_k_: "f32[16, 3, 8]", L_v_: "f32[16, 3, 8]", L_cu_q_: "i32[5]", L_cu_k_: "i32[5]"):
         l_q_ = L_q_
         l_k_ = L_k_
         l_v_ = L_v_
+        l_cu_q_ = L_cu_q_
+        l_cu_k_ = L_cu_k_
 
         attention_varlen_fwd_default: "f32[17, 6, 8]" = torch.ops.gqa_autograd.attention_varlen_fwd.default(l_q_, l_k_, l_v_, l_cu_q_, l_cu_k_, -1, 0, None, 0, False);  l_q_ = l_k_ = l_v_ = l_cu_q_ = l_cu_k_ = None
         return (attention_varlen_fwd_default,)
