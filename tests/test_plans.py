@@ -173,6 +173,14 @@ def test_training_runs_the_plan(device):
     assert (device.through, len(device.planned)) == ([True, False], 2)
 
 
+@pytest.mark.parametrize("call", [attention, lambda *a: attention_with_lse(*a)[0]], ids=["out", "out_and_lse"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_gradient_is_recorded_beside_a_plan(device, which, call):
+    tensors = twice(device, call)
+    tensors[which].requires_grad_()
+    assert call(*tensors).grad_fn is not None
+
+
 BAD = {
     "heads": ({"H_q": 5}, {}, ValueError, "H_q must be a multiple"),
     "size": ({"D": 80, "D_v": 80}, {}, NotImplementedError, r"\(D, D_v\) on CUDA must be one of"),
@@ -359,7 +367,8 @@ ODD = {
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("odd", ODD)
 def test_an_odd_tensor_gets_the_operator(device, odd, which):
-    """With the plan of a plain tensor of that shape at hand. Whatever the dispatcher takes for more than plain memory is odd."""
+    """With the plan of a plain tensor of that shape, strides and address at hand: of a negated view it would read the wrong sign. Odd is
+    whatever the dispatcher takes for more than plain memory."""
     tensors = make(H_kv=4, S_kv=5)
     plain = torch._C._dispatch_keys(tensors[0])
     twice(device, tensors=tensors)
@@ -369,13 +378,6 @@ def test_an_odd_tensor_gets_the_operator(device, odd, which):
     if odd not in ("subclass", "parameter", "empty"):
         assert torch._C._dispatch_keys(tensors[which]) != plain
     assert plans.planned(*tensors, *find) is None
-
-
-def test_a_negated_view_is_read_negated(device):
-    """It has shape, strides and address of a plain tensor: the operator resolves it, a plan would read the wrong sign."""
-    q, k, v = twice(device)
-    attention(torch._neg_view(q), k, v)
-    assert len(device.through) == 2
 
 
 def test_operators_are_counted_and_poisoned_past_the_dispatcher(device, monkeypatch):
