@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 import gqa_autograd
-from gqa_autograd import testing
+from gqa_autograd import testing, testing_varlen
 from gqa_autograd.testing import Case
 
-from . import packs
 from .baselines import Contestant
 from .packs import Pack
 
@@ -48,11 +47,11 @@ def _dense(case: Case, op: str) -> tuple[Results, Results, Results]:
 
 
 def _packed(twin: Pack) -> tuple[Results, Results, Results]:
-    q, k, v, do = packs.make(twin, "cuda")
-    starts = packs.cu_seqlens(twin, q.device)
+    args = testing_varlen.make(twin.case, "cuda")
+    q, k, v, _, *cu_seqlens = args
     with testing.poisoned(), torch.no_grad():
-        out = gqa_autograd.attention_varlen(q, k, v, starts, starts, **twin.options)
-    plain, exact = packs.plain_and_exact(twin, q, k, v, do)
+        out = gqa_autograd.attention_varlen(q, k, v, *cu_seqlens, **twin.options)
+    plain, exact = (f(twin.case, *args).out for f in (testing_varlen.plain, testing_varlen.exact))
     return {"out": out}, {"out": plain}, {"out": exact}
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gqa_autograd.testing import Case
+from gqa_autograd.testing_varlen import offsets
 
-from .packs import Pack, cu_seqlens
+from .packs import Pack
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "flashinfer": "flashinfer", "fla": "fla"}
@@ -43,7 +44,7 @@ def fa3(case: Case) -> tuple[Attend, str]:
 def fa3_packed(pack: Pack, device: torch.device) -> tuple[Attend, str]:
     from flash_attn_interface import flash_attn_varlen_func
 
-    starts, longest = cu_seqlens(pack, device), max(pack.lengths)
+    starts, longest = offsets(pack.lengths, device), max(pack.lengths)
     return (
         lambda q, k, v: first(flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True)),
         version("flash_attn_3", "flash-attn-3"),
@@ -61,7 +62,7 @@ def fa4(case: Case) -> tuple[Attend, str]:
 def fa4_packed(pack: Pack, device: torch.device) -> tuple[Attend, str]:
     from flash_attn.cute import flash_attn_varlen_func
 
-    starts = cu_seqlens(pack, device)
+    starts = offsets(pack.lengths, device)
     options = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "causal": True}
     return lambda q, k, v: first(flash_attn_varlen_func(q, k, v, **options)), version("flash-attn-4", "flash-attn-cute")
 
@@ -86,7 +87,7 @@ def flashinfer_packed(pack: Pack, device: torch.device) -> tuple[Attend, str]:
     from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
     wrapper = BatchPrefillWithRaggedKVCacheWrapper(torch.empty(2**28, dtype=torch.uint8, device=device), "NHD")
-    starts = cu_seqlens(pack, device)
+    starts = offsets(pack.lengths, device)
     heads = {"num_qo_heads": pack.H_q, "num_kv_heads": pack.H_kv, "head_dim_qk": pack.D}
     wrapper.plan(starts, starts, **heads, causal=True, q_data_type=pack.dtype)
     return wrapper.run, version("flashinfer-python")

@@ -8,10 +8,11 @@ from torch import Tensor
 
 import gqa_autograd
 from gqa_autograd import testing
+from gqa_autograd.testing_varlen import offsets
 
 from . import baselines, optional
 from .baselines import Attend, Contestant, NoRow
-from .packs import Pack, cu_seqlens
+from .packs import Pack
 
 
 def _forward_only(make: Callable[[Pack, torch.device], tuple[Attend, str]]) -> Callable[..., Contestant]:
@@ -25,14 +26,14 @@ def _forward_only(make: Callable[[Pack, torch.device], tuple[Attend, str]]) -> C
 
 @_forward_only
 def ours(pack: Pack, device: torch.device) -> tuple[Attend, str]:
-    starts = cu_seqlens(pack, device)
+    starts = offsets(pack.lengths, device)
     attend = functools.partial(gqa_autograd.attention_varlen, cu_seqlens_q=starts, cu_seqlens_k=starts, **pack.options)
     return attend, gqa_autograd.__version__
 
 
 @_forward_only
 def ours_lse(pack: Pack, device: torch.device) -> tuple[Attend, str]:
-    starts = cu_seqlens(pack, device)
+    starts = offsets(pack.lengths, device)
     attend = functools.partial(gqa_autograd.attention_varlen_with_lse, cu_seqlens_q=starts, cu_seqlens_k=starts, **pack.options)
     return lambda q, k, v: attend(q, k, v)[0], gqa_autograd.__version__
 
@@ -48,7 +49,7 @@ def ours_dense(pack: Pack, op: str, *tensors: Tensor) -> Contestant:
 @_forward_only
 def fa2(pack: Pack, device: torch.device) -> tuple[Attend, str]:
     """The operator under torch.nn.attention.varlen.varlen_attn, which itself launches a fill more."""
-    starts, longest = cu_seqlens(pack, device), max(pack.lengths)
+    starts, longest = offsets(pack.lengths, device), max(pack.lengths)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, longest, longest, 0.0, True, False)[0]

@@ -7,15 +7,13 @@ import random
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gqa_autograd import testing
 from gqa_autograd.testing import Case
+from gqa_autograd.testing_varlen import PackedCase
 
 TOKENS = (16384, 65536)
 # What a test of values needs: some documents longer than a tile, and soon done in float64
 TWIN_TOKENS = 3000
-_SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,8 @@ class Pack:
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
-        return f"{_SHORT[self.dtype]}-{self.name}-T{self.T}-h{self.H_q}x{self.H_kv}-d{self.D}-causal"
+        dtype = str(self.dense).split("-")[0]
+        return f"{dtype}-{self.name}-T{self.T}-h{self.H_q}x{self.H_kv}-d{self.D}-causal"
 
     @property
     def name(self) -> str:
@@ -41,19 +40,19 @@ class Pack:
         return sum(self.lengths)
 
     @property
+    def case(self) -> PackedCase:
+        """As the tests know it."""
+        return PackedCase(self.lengths, self.lengths, self.H_q, self.H_kv, self.D, causal=True, dtype=self.dtype)
+
+    @property
     def documents(self) -> tuple[Case, ...]:
         """Each as the dense attention that it is."""
-        return tuple(Case(1, S, S, self.H_q, self.H_kv, self.D, causal=True, dtype=self.dtype) for S in self.lengths)
+        return tuple(self.case.sequence(n) for n in range(len(self.lengths)))
 
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `gqa_autograd.attention_varlen`, as a loader that knows its lengths gives them."""
         return {"causal": True, "max_seqlen_q": max(self.lengths), "max_seqlen_k": max(self.lengths)}
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """cu_seqlens: where each document begins, and the end."""
-        return (0, *itertools.accumulate(self.lengths))
 
     @property
     def dense(self) -> Case:
@@ -99,25 +98,3 @@ def of_shape(kind: str, N: int) -> tuple[Pack, ...]:
 
 
 PACKS = tuple(pack for kind, N in SHAPES for pack in of_shape(kind, N))
-
-
-def make(pack: Pack, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and do, packed."""
-    one = Case(1, pack.T, pack.T, pack.H_q, pack.H_kv, pack.D, dtype=pack.dtype)
-    q, k, v, do = (t.detach()[0] for t in testing.make(one, device, seed))
-    return q, k, v, do
-
-
-def cu_seqlens(pack: Pack, device: torch.device | str) -> Tensor:
-    return torch.tensor(pack.starts, dtype=torch.int32, device=device)
-
-
-def plain_and_exact(pack: Pack, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """`out` document by document, as plain PyTorch computes it and in float64."""
-    parts = zip(*(t.split(pack.lengths) for t in tensors), strict=True)
-    done = [
-        [f(case, *(t[None] for t in part)).out[0] for f in (testing.plain, testing.exact)]
-        for case, part in zip(pack.documents, parts, strict=True)
-    ]
-    plain, exact = (torch.cat(outs) for outs in zip(*done, strict=True))
-    return plain, exact

@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
-from gqa_autograd import testing
+from gqa_autograd import testing, testing_varlen
 from gqa_autograd.testing import Case
 
-from . import baselines, bounds, cases, measure, packed, packs, profiled
+from . import baselines, bounds, cases, measure, packed, profiled
 from .baselines import Contestant
 from .gate import agreeing, error_ratio
 from .packs import Pack
@@ -90,7 +90,7 @@ def present(wanted: list[str] | None, say: Callable[[str], None]) -> list[str]:
 def made(case: Case | Pack, op: str, names: list[str], say: Callable[[str], None]) -> dict[str, Contestant]:
     """The contestants that compute this case; why the others don't, in a line each."""
     pack = isinstance(case, Pack)
-    tensors = packs.make(case, "cuda") if isinstance(case, Pack) else testing.make(case, "cuda")
+    tensors = testing_varlen.make(case.case, "cuda")[:4] if isinstance(case, Pack) else testing.make(case, "cuda")
     makers = packed.CONTESTANTS if pack else baselines.CONTESTANTS
     found = {}
     for name in names:

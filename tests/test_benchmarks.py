@@ -16,7 +16,7 @@ import gqa_autograd
 from benchmarks import baselines, bounds, cases, measure, packed, plot, profiled, progress, rows, run, table, trace
 from benchmarks.packs import Pack
 from benchmarks.trace import Inconsistent, NoDeviceActivity
-from gqa_autograd import testing
+from gqa_autograd import testing, testing_varlen
 from gqa_autograd.testing import Case
 
 
@@ -196,8 +196,9 @@ def test_progress_without_tqdm(monkeypatch, capsys):
 @pytest.fixture
 def without_gpu(monkeypatch):
     """Everything of a run but the times: contestants on the CPU, each call 3 ms in 2 kernels."""
-    make, repetition = testing.make, trace.Repetition(3_000_000, 3_100_000, 2)
-    monkeypatch.setattr(testing, "make", lambda case, device="cpu", seed=0: make(case, "cpu", seed))
+    repetition = trace.Repetition(3_000_000, 3_100_000, 2)
+    for module in (testing, testing_varlen):
+        monkeypatch.setattr(module, "make", lambda case, device="cpu", seed=0, make=module.make: make(case, "cpu", seed))
     monkeypatch.setattr(measure, "side_stream", contextlib.nullcontext)
     monkeypatch.setattr(measure.Clocks, "row", lambda self: {"sm_mhz": 1980, "mem_mhz": 3201, "watts": 500})
     times = {
@@ -330,7 +331,7 @@ def test_dtypes_do_not_mix(tmp_path):
 
 
 def test_tables(tmp_path):
-    """Faults: a whole run not asked for; a ratio upside down."""
+    """Fault: a ratio upside down."""
     write(tmp_path, "forward", [("p", "busy", "peers", ("ours", "ours-lse"))])
     assert table.lse(tmp_path).startswith(
         "With LSE the 13 shapes take 1.010 to 1.010 times as long as without, geometric mean 1.010 (H200,"
