@@ -1,6 +1,5 @@
 """The contestants for packs, forward only: q, k, v in [T, H, D] and cu_seqlens, which is made before and is not part of the call."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -26,16 +25,14 @@ def _forward_only(make: Callable[[Pack, torch.device], tuple[Attend, str]]) -> C
 
 @_forward_only
 def ours(pack: Pack, device: torch.device) -> tuple[Attend, str]:
-    starts = offsets(pack.lengths, device)
-    attend = functools.partial(gqa_autograd.attention_varlen, cu_seqlens_q=starts, cu_seqlens_k=starts, **pack.options)
-    return attend, gqa_autograd.__version__
+    starts, options = offsets(pack.lengths, device), pack.options
+    return lambda q, k, v: gqa_autograd.attention_varlen(q, k, v, starts, starts, **options), gqa_autograd.__version__
 
 
 @_forward_only
 def ours_lse(pack: Pack, device: torch.device) -> tuple[Attend, str]:
-    starts = offsets(pack.lengths, device)
-    attend = functools.partial(gqa_autograd.attention_varlen_with_lse, cu_seqlens_q=starts, cu_seqlens_k=starts, **pack.options)
-    return lambda q, k, v: attend(q, k, v)[0], gqa_autograd.__version__
+    starts, options = offsets(pack.lengths, device), pack.options
+    return lambda q, k, v: gqa_autograd.attention_varlen_with_lse(q, k, v, starts, starts, **options)[0], gqa_autograd.__version__
 
 
 def ours_dense(pack: Pack, op: str, *tensors: Tensor) -> Contestant:
