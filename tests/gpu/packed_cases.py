@@ -55,3 +55,18 @@ def many(N: int, **options) -> PackedCase:
     lengths_q = tuple(97 * n % 61 if n % 7 else 0 for n in range(N))
     lengths_kv = tuple(89 * n % 67 if n % 11 else 0 for n in range(N))
     return PackedCase(lengths_q, lengths_kv, 4, 2, 64, tail_q=3, tail_kv=2, **options)
+
+
+# Offsets of T tokens, each wrong in another way, in q, in k or in both
+T = 300
+NONSENSE = {
+    "decreasing": ((0, 200, 100, 300), (0, 200, 100, 300)),
+    "beyond": ((0, 100, 5000, 300), (0, 100, 300, 2**31 - 1)),
+    "negative": ((-7, 100, 200, 300), (-(2**31), 100, 200, 300)),
+    "all_beyond": ((400, 500, 600, 700), (400, 500, 600, 700)),
+    "all_negative": ((-4, -3, -2, -1), (-300, -200, -100, -1)),
+    "overlapping": ((0, 300, 0, 300), (0, 300, 0, 300)),
+    "widest": ((-(2**31), 2**31 - 1, -(2**31), 2**31 - 1), (-(2**31), 2**31 - 1, -(2**31), 2**31 - 1)),
+    "q_alone": ((0, 9000, -9000, 300), (0, 100, 200, 300)),
+    "k_alone": ((0, 100, 200, 300), (0, -9000, 9000, 300)),
+}

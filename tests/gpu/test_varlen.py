@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from packed_cases import ALL, CONFIGURATIONS, MASKS, many
+from packed_cases import ALL, CONFIGURATIONS, MASKS, NONSENSE, many
 from tools import fenced, forward, kernels_of, no_synchronisation, same_bits
 
 import gqa_autograd
@@ -165,21 +165,6 @@ def test_streams_do_not_share_a_tile_counter():
             outs.append(forward(case, *args).out)
     torch.cuda.synchronize()
     assert all(torch.equal(out, expected) for out in outs)
-
-
-# Each is wrong in another way, in q, in k or in both; a sequence of which nothing is wrong stands between
-T = 300
-NONSENSE = {
-    "decreasing": ((0, 200, 100, 300), (0, 200, 100, 300)),
-    "beyond": ((0, 100, 5000, 300), (0, 100, 300, 2**31 - 1)),
-    "negative": ((-7, 100, 200, 300), (-(2**31), 100, 200, 300)),
-    "all_beyond": ((400, 500, 600, 700), (400, 500, 600, 700)),
-    "all_negative": ((-4, -3, -2, -1), (-300, -200, -100, -1)),
-    "overlapping": ((0, 300, 0, 300), (0, 300, 0, 300)),
-    "widest": ((-(2**31), 2**31 - 1, -(2**31), 2**31 - 1), (-(2**31), 2**31 - 1, -(2**31), 2**31 - 1)),
-    "q_alone": ((0, 9000, -9000, 300), (0, 100, 200, 300)),
-    "k_alone": ((0, 100, 200, 300), (0, -9000, 9000, 300)),
-}
 
 
 @pytest.mark.parametrize("mask", MASKS)
