@@ -28,13 +28,15 @@ NoRow = optional.NoRow
 
 class Contestant(NamedTuple):
     """forward() gives out without autograd, backward() the gradients of q, k and v, on tensors prepared before; gradient() is backward as
-    an eager user runs it. A contestant without a backward has None. bhsd: results are [B, H, S, D]."""
+    an eager user runs it. A contestant without a backward has None. bhsd: results are [B, H, S, D]. instead: what it computes, where that
+    is not the case of the row; its rate is then its own."""
 
     forward: Callable[[], Tensor]
     backward: Callable[[], tuple[Tensor, ...]] | None
     gradient: Callable[[], tuple[Tensor, ...]] | None
     version: str
     bhsd: bool = False
+    instead: Case | None = None
 
 
 def differentiated(attend: Attend, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -49,7 +51,7 @@ def differentiated(attend: Attend, q: Tensor, k: Tensor, v: Tensor, do: Tensor) 
     return backward
 
 
-def _contestant(attend: Attend, version: str, op: str, tensors: tuple[Tensor, ...], bhsd: bool = False) -> Contestant:
+def contestant(attend: Attend, version: str, op: str, tensors: tuple[Tensor, ...], bhsd: bool = False) -> Contestant:
     """Of a function that autograd can differentiate."""
     q, k, v, do = (t.detach().transpose(1, 2) if bhsd else t.detach() for t in tensors)
     q, k, v = (t.requires_grad_(op == "backward") for t in (q, k, v))
@@ -64,12 +66,23 @@ def _contestant(attend: Attend, version: str, op: str, tensors: tuple[Tensor, ..
 
 
 def ours(case: Case, op: str, *tensors: Tensor) -> Contestant:
-    contestant = _contestant(lambda q, k, v: gqa_autograd.attention(q, k, v, **case.options), gqa_autograd.__version__, op, tensors)
+    made = contestant(lambda q, k, v: gqa_autograd.attention(q, k, v, **case.options), gqa_autograd.__version__, op, tensors)
     if op == "forward":
-        return contestant
+        return made
     q, k, v, do = (t.detach() for t in tensors)
     out, lse = gqa_autograd.attention_with_lse(q, k, v, **case.options)
-    return contestant._replace(backward=lambda: ops.attention_bwd(do, q, k, v, out, lse, None, *case.formula))
+    return made._replace(backward=lambda: ops.attention_bwd(do, q, k, v, out, lse, None, *case.formula))
+
+
+def ours_lse(case: Case, op: str, *tensors: Tensor) -> Contestant:
+    """The same with LSE, which a user of attention_with_lse has without gradients too."""
+    if op != "forward":
+        raise NoRow("a backward needs LSE, so ours has it")
+    return contestant(lambda q, k, v: gqa_autograd.attention_with_lse(q, k, v, **case.options)[0], gqa_autograd.__version__, op, tensors)
+
+
+def ours_dense(case: Case, op: str, *tensors: Tensor) -> Contestant:
+    raise NoRow("the case is dense itself; it stands beside packs")
 
 
 def cudnn(case: Case, op: str, *tensors: Tensor) -> Contestant:
@@ -79,7 +92,18 @@ def cudnn(case: Case, op: str, *tensors: Tensor) -> Contestant:
 
 
 def fa2(case: Case, op: str, *tensors: Tensor) -> Contestant:
+    if case.window != (-1, -1) and not case.softcap:
+        return contestant(functools.partial(_fa2_window, case), torch.__version__, op, tensors)
     return _sdpa(case, op, tensors, SDPBackend.FLASH_ATTENTION, torch.__version__)
+
+
+def _fa2_window(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """scaled_dot_product_attention has no window, the operator under it has; its lengths are aligned at their ends."""
+    left, right, scale, _ = case.formula
+    sides = {"window_size_left": left, "window_size_right": right}
+    return torch.ops.aten._flash_attention_forward(q, k, v, None, None, case.S_q, case.S_kv, 0.0, right == 0, False, scale=scale, **sides)[
+        0
+    ]
 
 
 def _sdpa(case: Case, op: str, tensors: tuple[Tensor, ...], backend: SDPBackend, version: str) -> Contestant:
@@ -93,7 +117,7 @@ def _sdpa(case: Case, op: str, tensors: tuple[Tensor, ...], backend: SDPBackend,
             causal = case.causal and square
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=case.scale, enable_gqa=case.H_q != case.H_kv)
 
-    return _contestant(attend, version, op, tensors, bhsd=True)
+    return contestant(attend, version, op, tensors, bhsd=True)
 
 
 def _dotted(version: int) -> str:
@@ -121,24 +145,26 @@ def flex(case: Case, op: str, *tensors: Tensor) -> Contestant:
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     options: dict[str, Any] = {"block_mask": mask, "scale": case.scale, "enable_gqa": case.H_q != case.H_kv}
     attend = functools.partial(compiled, score_mod=capped if softcap else None, **options)
-    return _contestant(attend, torch.__version__, op, tensors, bhsd=True)
+    return contestant(attend, torch.__version__, op, tensors, bhsd=True)
 
 
 def _differentiable(make: Callable[[Case], tuple[Attend, str]]) -> Callable[..., Contestant]:
-    return lambda case, op, *tensors: _contestant(*make(case), op, tensors)
+    return lambda case, op, *tensors: contestant(*make(case), op, tensors)
 
 
 def _forward_only(make: Callable[[Case], tuple[Attend, str]]) -> Callable[..., Contestant]:
     def made(case: Case, op: str, *tensors: Tensor) -> Contestant:
         if op != "forward":
             raise NoRow("it has no backward")
-        return _contestant(*make(case), op, tensors)
+        return contestant(*make(case), op, tensors)
 
     return made
 
 
 CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "ours": ours,
+    "ours-lse": ours_lse,
+    "ours-dense": ours_dense,
     "cudnn": cudnn,
     "fa2": fa2,
     "flex": flex,
@@ -147,7 +173,9 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "flashinfer": _forward_only(optional.flashinfer),
     "fla": _differentiable(optional.fla),
 }
-PEERS = tuple(name for name in CONTESTANTS if name != "ours")
+# Ours in another form: only where one asks for it
+VARIANTS = ("ours-lse", "ours-dense")
+PEERS = tuple(name for name in CONTESTANTS if name != "ours" and name not in VARIANTS)
 
 
 def missing(name: str) -> str | None:

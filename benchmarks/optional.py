@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from gqa_autograd.testing import Case
+from gqa_autograd.testing_varlen import offsets
+
+from .packs import Pack
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "flashinfer": "flashinfer", "fla": "fla"}
@@ -38,12 +41,30 @@ def fa3(case: Case) -> tuple[Attend, str]:
     return lambda q, k, v: first(flash_attn_func(q, k, v, **options)), version("flash_attn_3", "flash-attn-3")
 
 
+def fa3_packed(pack: Pack, device: torch.device) -> tuple[Attend, str]:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    starts, longest = offsets(pack.lengths, device), max(pack.lengths)
+    return (
+        lambda q, k, v: first(flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True)),
+        version("flash_attn_3", "flash-attn-3"),
+    )
+
+
 def fa4(case: Case) -> tuple[Attend, str]:
     from flash_attn.cute import flash_attn_func
 
     window = tuple(None if side < 0 else side for side in case.window)
     options = {"softmax_scale": case.scale, "causal": case.causal, "window_size": window, "softcap": case.softcap}
     return lambda q, k, v: first(flash_attn_func(q, k, v, **options)), version("flash-attn-4", "flash-attn-cute")
+
+
+def fa4_packed(pack: Pack, device: torch.device) -> tuple[Attend, str]:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    starts = offsets(pack.lengths, device)
+    options = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "causal": True}
+    return lambda q, k, v: first(flash_attn_varlen_func(q, k, v, **options)), version("flash-attn-4", "flash-attn-cute")
 
 
 def flashinfer(case: Case) -> tuple[Attend, str]:
@@ -60,6 +81,16 @@ def flashinfer(case: Case) -> tuple[Attend, str]:
     wrapper.plan(starts * case.S_q, starts * case.S_kv, **heads, **options, q_data_type=case.dtype)
     packed = lambda t: t.flatten(0, 1)  # noqa: E731
     return lambda q, k, v: wrapper.run(packed(q), packed(k), packed(v)).unflatten(0, (case.B, case.S_q)), version("flashinfer-python")
+
+
+def flashinfer_packed(pack: Pack, device: torch.device) -> tuple[Attend, str]:
+    from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+    wrapper = BatchPrefillWithRaggedKVCacheWrapper(torch.empty(2**28, dtype=torch.uint8, device=device), "NHD")
+    starts = offsets(pack.lengths, device)
+    heads = {"num_qo_heads": pack.H_q, "num_kv_heads": pack.H_kv, "head_dim_qk": pack.D}
+    wrapper.plan(starts, starts, **heads, causal=True, q_data_type=pack.dtype)
+    return wrapper.run, version("flashinfer-python")
 
 
 def fla(case: Case) -> tuple[Attend, str]:

@@ -12,6 +12,8 @@ Metrics are kept apart, each in rows of its own:
     span   from the first kernel's start to the last one's end, in the same trials
     graph  a call in a CUDA graph of 20, by events; caches not flushed
     host   time until a call returns, GPU not waited for; an eager user's backward, through autograd
+Ours in other forms: ours-lse also writes LSE; ours-dense stands beside a pack (set varlen) with our dense attention on a shape of as many
+tokens and FLOPs, its rate its own.
 A contestant that is not installed, or can't compute a shape, is named with the reason and has no row. Nothing stands in for it.
 """
 
@@ -25,22 +27,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-import gqa_autograd
-from gqa_autograd import testing
+from gqa_autograd import testing, testing_varlen
 from gqa_autograd.testing import Case
 
-from . import baselines, bounds, cases, measure, profiled
+from . import baselines, bounds, cases, measure, packed, profiled
 from .baselines import Contestant
+from .gate import agreeing, error_ratio
+from .packs import Pack
 from .progress import tracked
 from .rows import Row, described, environment, figures
 from .trace import Inconsistent
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("busy", "span", "graph", "host")
-# Of bf16 results over standard normal inputs; another mask or layout gives 10 % and more
-AGREEMENT = 0.03
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,11 +53,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--cases",
         nargs="+",
         default=["first-mark"],
-        choices=sorted(cases.SETS),
+        choices=sorted(cases.EVERY),
         metavar="SET",
         help="sets of shapes: %(choices)s [first-mark]",
     )
-    add("--against", nargs="*", choices=baselines.PEERS, metavar="PEER", help="peers: %(choices)s [all that are installed]")
+    add(
+        "--against",
+        nargs="*",
+        choices=(*baselines.PEERS, *baselines.VARIANTS),
+        metavar="PEER",
+        help="%(choices)s [all peers that are installed, ours in no other form]",
+    )
     add("--metric", nargs="+", default=["busy"], choices=METRICS, metavar="METRIC", help="any of %(choices)s [busy]")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="[%(default)s]")
     add("--rounds", type=int, default=4, help="trials of each contestant; best a multiple of twice the contestants [%(default)s]")
@@ -81,31 +87,15 @@ def present(wanted: list[str] | None, say: Callable[[str], None]) -> list[str]:
     return found
 
 
-def error_ratio(case: Case, op: str) -> float:
-    """The worst tensor's error over plain PyTorch's on a short twin of the case, which must pass the closeness rule."""
-    twin = dataclasses.replace(case, B=1, S_q=min(case.S_q, 777), S_kv=min(case.S_kv, 777))
-    tensors = testing.make(twin, "cuda")
-    names = ("out",) if op == "forward" else ("dq", "dk", "dv")
-    with testing.poisoned():
-        if op == "forward":
-            with torch.no_grad():
-                mine = {"out": gqa_autograd.attention(*tensors[:3], **twin.options)}
-        else:
-            mine = testing.ours(twin, *tensors)._asdict()
-    plain, exact = testing.plain(twin, *tensors)._asdict(), testing.exact(twin, *tensors)._asdict()
-    for name in names:
-        testing.assert_no_worse(mine[name], plain[name], exact[name], name, softcap=case.softcap > 0)
-    error = lambda x, name: (x[name].double() - exact[name]).abs().max()  # noqa: E731
-    return max((error(mine, name) / error(plain, name)).item() for name in names)
-
-
-def made(case: Case, op: str, names: list[str], say: Callable[[str], None]) -> dict[str, Contestant]:
+def made(case: Case | Pack, op: str, names: list[str], say: Callable[[str], None]) -> dict[str, Contestant]:
     """The contestants that compute this case; why the others don't, in a line each."""
-    tensors = testing.make(case, "cuda")
+    pack = isinstance(case, Pack)
+    tensors = testing_varlen.make(case.case, "cuda")[:4] if isinstance(case, Pack) else testing.make(case, "cuda")
+    makers = packed.CONTESTANTS if pack else baselines.CONTESTANTS
     found = {}
     for name in names:
         try:
-            found[name] = baselines.CONTESTANTS[name](case, op, *tensors)
+            found[name] = makers.get(name, packed.absent)(case, op, *tensors)
         except (baselines.NoRow, NotImplementedError) as reason:
             say(f"{name}: no row for {op} {case}: {reason}")
         except Exception as error:  # whatever stops a peer must not stop the others; ours has no excuse
@@ -115,39 +105,14 @@ def made(case: Case, op: str, names: list[str], say: Callable[[str], None]) -> d
     return found
 
 
-def results(contestant: Contestant, op: str) -> tuple[Tensor, ...]:
-    """out, or dq, dk and dv, as [B, S, H, D]."""
-    if op == "forward":
-        outputs: tuple[Tensor, ...] = (contestant.forward(),)
-    else:
-        assert contestant.backward is not None
-        outputs = contestant.backward()
-    return tuple(t.transpose(1, 2) if contestant.bhsd else t for t in outputs)
-
-
-def agreeing(contestants: dict[str, Contestant], op: str, say: Callable[[str], None]) -> dict[str, Contestant]:
-    """Those whose results are the first one's: the same mask, scale and layout. Ours is first where it has a kernel."""
-    expected: tuple[Tensor, ...] | None = None
-    found = {}
-    for name, contestant in contestants.items():
-        mine = results(contestant, op)
-        expected = mine if expected is None else expected
-        distance = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(mine, expected, strict=True))
-        # NaN is no agreement
-        if distance <= AGREEMENT:
-            found[name] = contestant
-        else:
-            say(f"{name}: no row: its {op} is {distance:.1%} away from that of {next(iter(contestants))}")
-    return found
-
-
-def measured(case: Case, op: str, contestants: dict[str, Contestant], args: argparse.Namespace) -> dict[str, list[Row]]:
+def measured(case: Case | Pack, op: str, contestants: dict[str, Contestant], args: argparse.Namespace) -> dict[str, list[Row]]:
     """The figures of each contestant, a row for each metric that was asked for."""
     functions = {name: getattr(c, op) for name, c in contestants.items()}
+    computed = {name: c.instead or case for name, c in contestants.items()}
     found: dict[str, list[Row]] = {name: [] for name in contestants}
     if {"busy", "span"} & set(args.metric):
         for name, samples in measure.per_kernel(functions, args.rounds, args.repeats).items():
-            measure.check_floor(name, samples.busy, bounds.floor_us(case, op, flushed=True))
+            measure.check_floor(name, samples.busy, bounds.floor_us(computed[name], op, flushed=True))
             measure.check_graph(name, samples, profiled.graph_us(functions[name], replays=3))
             common = {
                 "kernels_per_call": min(samples.kernels),
@@ -155,35 +120,38 @@ def measured(case: Case, op: str, contestants: dict[str, Contestant], args: argp
                 **samples.clocks.row(),
             }
             for metric, trials in (("busy", samples.busy), ("span", samples.span)):
-                found[name] += [{**figures(case, op, metric, trials), **common}] * (metric in args.metric)
+                found[name] += [{**figures(computed[name], op, metric, trials), **common}] * (metric in args.metric)
     if "graph" in args.metric:
         for name, trials in measure.in_turns(functions, args.rounds, profiled.graph_us).items():
-            measure.check_floor(name, trials, bounds.floor_us(case, op, flushed=False))
-            found[name].append(figures(case, op, "graph", trials))
+            measure.check_floor(name, trials, bounds.floor_us(computed[name], op, flushed=False))
+            found[name].append(figures(computed[name], op, "graph", trials))
     if "host" in args.metric:
         # Every contestant of a backward has both
         eager = {name: c.forward if op == "forward" else c.gradient or c.forward for name, c in contestants.items()}
         for name, trials in measure.in_turns(eager, args.rounds, profiled.host_us).items():
-            found[name].append(figures(case, op, "host", trials))
+            found[name].append(figures(computed[name], op, "host", trials))
     return found
 
 
-def rows(case: Case, op: str, names: list[str], args: argparse.Namespace, common: Row, say: Callable[[str], None]) -> list[Row]:
+def rows(case: Case | Pack, op: str, names: list[str], args: argparse.Namespace, common: Row, say: Callable[[str], None]) -> list[Row]:
     """A row for each contestant and metric, all measured in turns."""
     with measure.side_stream():
         contestants = made(case, op, names, say)
-        ratio = {"error_ratio": round(error_ratio(case, op), 3)} if "ours" in contestants else {}
+        # Of ours with LSE the agreement with ours says as much
+        judged: dict[str, Case | Pack] = {name: contestants[name].instead or case for name in ("ours", "ours-dense") if name in contestants}
+        ratios: dict[str, Row] = {name: {"error_ratio": round(error_ratio(c, op), 3)} for name, c in judged.items()}
         contestants = agreeing(contestants, op, say)
         figures_of = measured(case, op, contestants, args) if contestants else {}
-    head = {"op": op, "case": described(case), "dtype": args.dtype, "deterministic": False}
-    return [
-        {**head, "contestant": name, **row, **(ratio if name == "ours" else {}), "peer_version": contestants[name].version, **common}
-        for name, several in figures_of.items()
-        for row in several
-    ]
+    found = []
+    for name, several in figures_of.items():
+        instead, version = contestants[name].instead, contestants[name].version
+        head = {"op": op, "case": described(case, name), "dtype": args.dtype, "deterministic": False, "contestant": name}
+        head |= {"instead": described(instead)} if instead else {}
+        found += [{**head, **row, **ratios.get(name, {}), "peer_version": version, **common} for row in several]
+    return found
 
 
-def summary(op: str, case: Case, found: list[Row]) -> list[str]:
+def summary(op: str, case: Case | Pack, found: list[Row]) -> list[str]:
     """A line a metric."""
     lines = []
     for metric in dict.fromkeys(row["metric"] for row in found):
@@ -203,7 +171,7 @@ def main() -> int:
     folder = args.results / str(common["gpu"]).removeprefix("NVIDIA ").lower().replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     dtype, failed = getattr(torch, args.dtype), 0
-    work = [(op, dataclasses.replace(case, dtype=dtype)) for op in args.ops for group in args.cases for case in cases.SETS[group]]
+    work = [(op, dataclasses.replace(case, dtype=dtype)) for op in args.ops for group in args.cases for case in cases.EVERY[group]]
     steps, say = tracked(list(dict.fromkeys(work)), "shape")
     names = present(args.against, say)
     for op, case in steps:

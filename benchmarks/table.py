@@ -1,48 +1,61 @@
-"""The README's table, from the committed rows: `python -m benchmarks.table`. A test holds the README against it."""
+"""The README's tables, from the committed rows: `python -m benchmarks.table`. A test holds the README against them."""
 
+import dataclasses
 import json
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 from gqa_autograd.testing import Case
 
-from . import cases
+from . import cases, packs
+from .packs import Pack
 from .rows import Row, described
 
 RESULTS = Path(__file__).parent / "results" / "h200"
 # The first that there are rows of counts; earlier runs were timed by events around the call
 METRICS = ("busy", "span")
 CONTESTANTS = ("ours", "cudnn")
+LABELS = {"ours": "ours", "cudnn": "cuDNN", "fa2": "FA2", "flex": "Flex", "fa3": "FA3", "fa4": "FA4", "flashinfer": "FlashInfer"}
 
 
 def read(op: str, results: Path = RESULTS) -> list[Row]:
     return [json.loads(line) for line in (results / f"{op}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def find(rows: list[Row], case: Case, contestant: str) -> Row | None:
-    """A shape that stands in two sets may have been measured twice; the first counts."""
-    wanted = described(case)
-    return next((row for row in rows if row["contestant"] == contestant and row["case"] == wanted), None)
+def find(rows: list[Row], case: Case | Pack, contestant: str) -> Row | None:
+    """A shape that stands in two sets may have been measured twice; the first counts. The dtype is the case's."""
+    wanted, dtype = described(case, contestant), str(case.dtype).removeprefix("torch.")
+    return next((r for r in rows if r["contestant"] == contestant and r["case"] == wanted and r["dtype"] == dtype), None)
 
 
 def newest(
-    op: str, results: Path = RESULTS, wanted: Sequence[Case] = cases.SETS["first-mark"], contestants: Sequence[str] = CONTESTANTS
+    op: str,
+    results: Path = RESULTS,
+    wanted: Sequence[Case | Pack] = cases.SETS["first-mark"],
+    contestants: Sequence[str] = CONTESTANTS,
 ) -> list[Row]:
     """The rows of the newest run by the best metric that has all wanted shapes of these contestants; none if there is no such run."""
     rows = read(op, results)
     for metric in METRICS:
         for run in reversed(dict.fromkeys(row["run"] for row in rows)):
-            mine = [row for row in rows if row["run"] == run and row["metric"] == metric and row["dtype"] == "bfloat16"]
+            mine = [row for row in rows if row["run"] == run and row["metric"] == metric]
             if all(find(mine, case, contestant) for case in wanted for contestant in contestants):
                 return mine
     return []
 
 
+def row_of(rows: list[Row], case: Case | Pack, contestant: str) -> Row:
+    found = find(rows, case, contestant)
+    assert found is not None, f"no row of {contestant} for {case}"
+    return found
+
+
 def tflops(rows: list[Row], B: int, S: int, contestant: str) -> float:
     """Of the first-mark shapes: causal, 32/8 heads, D 128."""
-    row = find(rows, Case(B, S, S, 32, 8, 128, causal=True), contestant)
-    assert row is not None, f"no row of {contestant} for B {B}, S {S}"
-    return row["tflops"]
+    return row_of(rows, Case(B, S, S, 32, 8, 128, causal=True), contestant)["tflops"]
 
 
 def _dotted(version: str) -> str:
@@ -50,19 +63,113 @@ def _dotted(version: str) -> str:
     return version if "." in version else f"{int(version) // 10000}.{int(version) // 100 % 100}.{int(version) % 100}"
 
 
-def table() -> str:
+def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    written = [f"| {' | '.join(line)} |" for line in (head, *lines)]
+    return "\n".join([written[0], "|---" * len(head) + "|", *written[1:]])
+
+
+def _told(rows: list[Row], what: str) -> str:
+    """The corner of a table: what holds for all of it."""
+    return f"{rows[0]['gpu'].removeprefix('NVIDIA ')}, bf16, {what}, {rows[0]['metric']}, commit {rows[0]['commit']}"
+
+
+def first_mark(results: Path = RESULTS) -> str:
     """Each line names its own metric and commit: the newest whole runs of the two operations need not be one."""
-    runs = {op: newest(op) for op in ("forward", "backward")}
+    runs = {op: newest(op, results) for op in ("forward", "backward")}
     first = runs["forward"][0]
     cudnn = _dotted(next(r["peer_version"] for r in runs["forward"] if r["contestant"] == "cudnn"))
     shapes = [(case.B, case.S_q) for case in cases.SETS["first-mark"]]
-    head = f"{first['gpu'].removeprefix('NVIDIA ')}, bf16, causal, 32/8 heads, D 128: TFLOP/s, ours / cuDNN {cudnn}"
-    lines = [f"| {head} | " + " | ".join(f"B {B}, S {S}" for B, S in shapes) + " |", "|---" * (1 + len(shapes)) + "|"]
+    corner = f"{first['gpu'].removeprefix('NVIDIA ')}, bf16, causal, 32/8 heads, D 128: TFLOP/s, ours / cuDNN {cudnn}"
+    lines = []
     for op, rows in runs.items():
         cells = (f"{tflops(rows, B, S, 'ours'):.0f} / {tflops(rows, B, S, 'cudnn'):.0f}" for B, S in shapes)
-        lines.append(f"| {op}, {rows[0]['metric']}, commit {rows[0]['commit']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append((f"{op}, {rows[0]['metric']}, commit {rows[0]['commit']}", *cells))
+    return _grid((corner, *(f"B {B}, S {S}" for B, S in shapes)), lines)
+
+
+def _cell(rows: list[Row], case: Case | Pack, contestant: str) -> str:
+    """TFLOP/s, or a dash where there is no row."""
+    found = find(rows, case, contestant)
+    return f"{found['tflops']:.0f}" if found else "-"
+
+
+def peers(results: Path = RESULTS) -> str:
+    """The set peers: ours in both dtypes from their newest runs, and who else was in the run of bf16."""
+    shapes = cases.SETS["peers"]
+    rows = newest("forward", results, shapes, ["ours"])
+    if not rows:
+        return ""
+    halves = tuple(dataclasses.replace(case, dtype=torch.float16) for case in shapes)
+    rows16 = newest("forward", results, halves, ["ours"])
+    others = [who for who in dict.fromkeys(r["contestant"] for r in rows) if who in LABELS]
+    lines = [
+        (
+            f"{c.B}, {c.S_q}, {c.S_kv}, {c.H_q}/{c.H_kv}, {c.D}{', causal' if c.causal else ''}",
+            *(_cell(rows, c, who) for who in others),
+            *(_cell(rows16, half, who) for who in CONTESTANTS if rows16),
+        )
+        for c, half in zip(shapes, halves, strict=True)
+    ]
+    head = (f"{_told(rows, 'forward')}: B, S_q, S_kv, heads, D; TFLOP/s", *(LABELS[who] for who in others))
+    head += ("fp16: ours", "cuDNN") if rows16 else ()
+    return _grid(head, lines)
+
+
+def varlen(results: Path = RESULTS) -> str:
+    rows = newest("forward", results, packs.PACKS, ["ours", "ours-dense"])
+    if not rows:
+        return ""
+
+    def cell(pack: Pack) -> str:
+        ours, dense = (row_of(rows, pack, who)["tflops"] for who in ("ours", "ours-dense"))
+        return f"{ours:.0f} / {dense:.0f} ({ours / dense:.2f}) / {_cell(rows, pack, 'fa2')}"
+
+    lines = [(f"{N} documents, {kind}", *(cell(pack) for pack in packs.of_shape(kind, N))) for kind, N in packs.SHAPES]
+    corner = f"{_told(rows, 'packed, causal, 32/8 heads, D 128')}: TFLOP/s, ours / ours dense at equal FLOPs (ratio) / FA2"
+    return _grid((corner, *(f"{T // 1024}k tokens" for T in packs.TOKENS)), lines)
+
+
+def small_grids(results: Path = RESULTS) -> str:
+    """Times, since the rates of so little work say little."""
+    rows = newest("forward", results, cases.SETS["small-grids"], ["ours"])
+    if not rows:
+        return ""
+
+    def cell(case: Case) -> str:
+        return " / ".join(f"{found['ms']['p50'] * 1e3:.1f}" if (found := find(rows, case, who)) else "-" for who in CONTESTANTS)
+
+    long = cases.SMALL_KEYS
+    forms = {"S_q, causal": (None, True), f"{long}, causal": (long, True), f"{long}, full": (long, False)}
+    lines = [
+        (f"{H_q}/{H_kv} heads, S_kv {form}", *(cell(Case(1, S, keys or S, H_q, H_kv, 128, causal=causal)) for S in cases.SMALL))
+        for H_q, H_kv in cases.SMALL_HEADS
+        for form, (keys, causal) in forms.items()
+    ]
+    corner = f"{_told(rows, 'B 1, D 128')}: µs, ours / cuDNN"
+    return _grid((corner, *(f"S_q {S}" for S in cases.SMALL)), lines)
+
+
+def lse(results: Path = RESULTS) -> str:
+    """What LSE costs, over the set peers."""
+    shapes = cases.SETS["peers"]
+    rows = newest("forward", results, shapes, ["ours", "ours-lse"])
+    if not rows:
+        return ""
+    ratios = sorted(row_of(rows, c, "ours-lse")["ms"]["p50"] / row_of(rows, c, "ours")["ms"]["p50"] for c in shapes)
+    mean = statistics.geometric_mean(ratios)
+    return (
+        f"With LSE the {len(shapes)} shapes take {ratios[0]:.3f} to {ratios[-1]:.3f} times as long as without, "
+        f"geometric mean {mean:.3f} ({_told(rows, 'forward')})."
+    )
+
+
+TABLES: tuple[Callable[[Path], str], ...] = (first_mark, peers, lse, varlen, small_grids)
+
+
+def tables(results: Path = RESULTS) -> list[str]:
+    """Each that there are rows for."""
+    return [text for make in TABLES if (text := make(results))]
 
 
 if __name__ == "__main__":
-    print(table())
+    print("\n\n".join(tables()))

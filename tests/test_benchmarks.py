@@ -1,18 +1,22 @@
 """The benchmark harness on a CPU: what is made of the trials; bounds, orders, contestants, rows, table, plot and help."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import gqa_autograd
-from benchmarks import baselines, bounds, cases, measure, plot, profiled, progress, rows, run, table, trace
+from benchmarks import baselines, bounds, cases, measure, packed, plot, profiled, progress, rows, run, table, trace
+from benchmarks.packs import Pack
 from benchmarks.trace import Inconsistent, NoDeviceActivity
-from gqa_autograd import testing
+from gqa_autograd import testing, testing_varlen
 from gqa_autograd.testing import Case
 
 
@@ -95,6 +99,25 @@ def test_sets():
     assert all(len(set(group)) == len(group) for group in cases.SETS.values())
     assert [case.S_q for case in cases.SETS["lengths"]] == list(cases.PLOTTED)
     assert all(case.B * case.S_q == 16384 for case in cases.SETS["lengths"][:-1])
+    assert Case(1, 256, 8192, 8, 1, 128, causal=True) in cases.SETS["small-grids"]
+    for case in cases.SETS["small-grids"]:
+        full = dataclasses.replace(case, causal=False)
+        if case.causal and case.S_q != case.S_kv:
+            assert full in cases.SETS["small-grids"]
+            assert bounds.flops(full, "forward") <= 1.04 * bounds.flops(case, "forward")
+
+
+def test_all_rows_names_sets_and_contestants_that_exist(tmp_path):
+    """Every command of the script is parsed by the one that it calls. Fault: a set that is called otherwise."""
+    (tmp_path / "python").write_text('#!/bin/sh\nshift 2\necho "$@" >> "$CALLS"\n')
+    (tmp_path / "python").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "RESULTS": "elsewhere"}
+    script = Path(run.__file__).with_name("all_rows.sh")
+    subprocess.run(["bash", str(script)], env=env, check=True, capture_output=True)
+    parsed = [run.arguments(line.split()) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert len(parsed) == 8
+    assert {"peers", "varlen", "small-grids", "lengths", "window", "softcap", "head-sizes", "tiny"} == {s for p in parsed for s in p.cases}
+    assert {str(p.results) for p in parsed} == {"elsewhere"}
 
 
 def test_absent_peers_are_named(monkeypatch):
@@ -125,7 +148,7 @@ def test_flex_computes_the_case(monkeypatch, case):
 @pytest.mark.parametrize("name", ["cudnn", "fa2"])
 def test_what_a_peer_cannot_do_is_no_row(name):
     said = []
-    windowed = Case(1, 64, 64, 2, 1, 64, causal=True, window=(7, -1))
+    windowed = Case(1, 64, 64, 2, 1, 64, causal=True, window=(7, -1), softcap=2.0)
     with pytest.raises(baselines.NoRow, match="no window"):
         baselines.CONTESTANTS[name](windowed, "forward", *[torch.empty(0)] * 4)
     with pytest.raises(baselines.NoRow, match="top-left"):
@@ -173,8 +196,9 @@ def test_progress_without_tqdm(monkeypatch, capsys):
 @pytest.fixture
 def without_gpu(monkeypatch):
     """Everything of a run but the times: contestants on the CPU, each call 3 ms in 2 kernels."""
-    make, repetition = testing.make, trace.Repetition(3_000_000, 3_100_000, 2)
-    monkeypatch.setattr(testing, "make", lambda case, device="cpu", seed=0: make(case, "cpu", seed))
+    repetition = trace.Repetition(3_000_000, 3_100_000, 2)
+    for module in (testing, testing_varlen):
+        monkeypatch.setattr(module, "make", lambda case, device="cpu", seed=0, make=module.make: make(case, "cpu", seed))
     monkeypatch.setattr(measure, "side_stream", contextlib.nullcontext)
     monkeypatch.setattr(measure.Clocks, "row", lambda self: {"sm_mhz": 1980, "mem_mhz": 3201, "watts": 500})
     times = {
@@ -214,18 +238,74 @@ def test_a_wrong_result_prints_no_number(without_gpu, monkeypatch):
         run.rows(Case(1, 64, 64, 4, 4, 32, causal=True), "forward", ["ours"], args, {}, lambda line: None)
 
 
+SMALL_PACK = Pack("any", (50, 1, 77), 4, 2, 64)
+
+
+def test_rows_of_a_pack(without_gpu):
+    """The dense form beside it has a rate of its own, both FLOPs are told; with LSE the case says so. Fault: the pack's FLOPs for both."""
+    args, said = run.arguments(["forward", "--rounds", "2", "--repeats", "5"]), []
+    ours, lse, dense = run.rows(SMALL_PACK, "forward", ["ours", "ours-lse", "ours-dense", "flex"], args, {"run": "r"}, said.append)
+    assert said == ["flex: no row for forward bf16-any3-T128-h4x2-d64-causal: no packed form of it is known here"]
+    assert (ours["case"]["varlen"], ours["case"]["lengths"], ours["case"]["T"]) == ("any3", [50, 1, 77], 128)
+    assert ours["case"] == dense["case"] == lse["case"] | {"lse": False}
+    assert lse["case"]["lse"]
+    assert ours["flops"] == 4 * 64 * 4 * (50 * 51 + 1 * 2 + 77 * 78) // 2
+    assert (dense["instead"]["B"], dense["instead"]["S_q"]) == (2, 64)
+    assert dense["flops"] == 4 * 64 * 4 * 2 * 64 * 65 // 2
+    for row in (ours, dense):
+        assert row["tflops"] == pytest.approx(row["flops"] / 3e-3 / 1e12, rel=1e-3)
+        assert row["error_ratio"] <= 2
+
+
+def test_a_pack_that_is_read_as_one_document_has_no_row(without_gpu, monkeypatch):
+    """Faults: the gate, or the agreement, left out for packs."""
+    args, said = run.arguments(["forward"]), []
+    whole = lambda q, k, v, *_, **__: gqa_autograd.attention(q[None], k[None], v[None], causal=True)[0]  # noqa: E731
+    monkeypatch.setitem(packed.CONTESTANTS, "fa2", lambda pack, op, *t: baselines.contestant(whole, "0", op, t))
+    kept = run.agreeing(run.made(SMALL_PACK, "forward", ["ours", "fa2"], said.append), "forward", said.append)
+    assert list(kept) == ["ours"]
+    assert said[0].startswith("fa2: no row: its forward is")
+    monkeypatch.setattr(gqa_autograd, "attention_varlen", whole)
+    with pytest.raises(AssertionError, match="out: max error"):
+        run.rows(SMALL_PACK, "forward", ["ours"], args, {}, lambda line: None)
+
+
+def test_a_run_that_is_stopped_keeps_its_rows(without_gpu, monkeypatch, tmp_path):
+    """Fault: the file written at the end."""
+    small = [Case(1, S, S, 2, 1, 64, causal=True) for S in (33, 44, 55)]
+    monkeypatch.setitem(cases.EVERY, "quick", small)
+    argv = ["run", "forward", "--cases", "quick", "--against", "--dtype", "float16", "--results", str(tmp_path), "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    once = run.rows
+
+    def stopped_at_the_last(case, *rest):
+        if case.S_q == 55:
+            raise KeyboardInterrupt
+        return once(case, *rest)
+
+    monkeypatch.setattr(run, "rows", stopped_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    kept = table.read("forward", tmp_path / "h200")
+    assert [(row["case"]["S_q"], row["dtype"]) for row in kept] == [(33, "float16"), (44, "float16")]
+
+
 # --- what is made of the rows ---
-def write(folder, op, runs):
-    """runs: (id, metric, set, contestants)."""
+def write(folder, op, runs, dtype="bfloat16"):
+    """runs: (id, metric, set, contestants). The n-th contestant of a run takes n µs more."""
     folder.mkdir(exist_ok=True)
     lines = [
-        {"op": op, "contestant": who, "run": name, "metric": metric, "case": rows.described(case), "dtype": "bfloat16"}
+        {"op": op, "contestant": who, "run": name, "metric": metric, "case": rows.described(case, who), "dtype": dtype}
         | {"tflops": 100.0 + number, "gpu": "NVIDIA H200", "commit": name, "peer_version": "9.19.0"}
+        | {"ms": {"p50": (100 + place) / 1e3}}
         for number, (name, metric, group, contestants) in enumerate(runs)
-        for case in cases.SETS[group]
-        for who in contestants
+        for case in cases.EVERY[group]
+        for place, who in enumerate(contestants)
     ]
-    (folder / f"{op}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (folder / f"{op}.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def test_table_takes_the_newest_whole_run_of_the_newest_metric(tmp_path):
@@ -233,9 +313,38 @@ def test_table_takes_the_newest_whole_run_of_the_newest_metric(tmp_path):
     old, new = ("old", "span", "first-mark", both), ("new", "busy", "first-mark", both)
     write(tmp_path, "forward", [old])
     assert {row["run"] for row in table.newest("forward", tmp_path)} == {"old"}
+    (tmp_path / "forward.jsonl").unlink()
     write(tmp_path, "forward", [new, old, ("part", "busy", "window", both), ("alone", "busy", "first-mark", ("ours",))])
     assert {row["run"] for row in table.newest("forward", tmp_path)} == {"new"}
     assert table.tflops(table.newest("forward", tmp_path), 4, 2048, "ours") == 100
+
+
+def test_dtypes_do_not_mix(tmp_path):
+    """Fault: find() without the dtype. A later run in float16 changes nothing of bfloat16's tables but its own columns."""
+    write(tmp_path, "forward", [("a", "busy", "peers", ("ours", "ours-lse", "cudnn"))])
+    before = table.peers(tmp_path), table.lse(tmp_path)
+    assert "fp16" not in before[0]
+    write(tmp_path, "forward", [("b", "span", "quick", ("ours",)), ("c", "busy", "peers", ("ours", "cudnn"))], "float16")
+    assert {row["run"] for row in table.newest("forward", tmp_path, cases.SETS["peers"])} == {"a"}
+    assert table.lse(tmp_path) == before[1]
+    assert table.peers(tmp_path).splitlines()[2] == before[0].splitlines()[2] + " 101 | 101 |"
+
+
+def test_tables(tmp_path):
+    """Fault: a ratio upside down."""
+    write(tmp_path, "forward", [("p", "busy", "peers", ("ours", "ours-lse"))])
+    assert table.lse(tmp_path).startswith(
+        "With LSE the 13 shapes take 1.010 to 1.010 times as long as without, geometric mean 1.010 (H200,"
+    )
+    assert table.varlen(tmp_path) == table.small_grids(tmp_path) == ""
+    write(tmp_path, "forward", [("v", "busy", "varlen", ("ours", "ours-dense")), ("s", "busy", "small-grids", ("ours", "cudnn"))])
+    varlen, small = table.varlen(tmp_path).splitlines(), table.small_grids(tmp_path).splitlines()
+    assert varlen[0].endswith("FA2 | 16k tokens | 64k tokens |")
+    assert [line.count("|") for line in varlen] == [4] * 9
+    assert varlen[2] == "| 8 documents, uniform | 100 / 100 (1.00) / - | 100 / 100 (1.00) / - |"
+    assert [line.count("|") for line in small] == [6] * 8
+    assert small[2] == "| 8/1 heads, S_kv S_q, causal |" + " 100.0 / 101.0 |" * 4
+    assert "commit s: µs" in small[0]
 
 
 def test_plot(tmp_path):

@@ -45,5 +45,9 @@ def test_first_speed_mark(op):
         assert ours >= 1.05 * cudnn, f"{op}, S {case.S_q}: {ours} against {cudnn}"
 
 
-def test_readme_shows_the_newest_rows():
-    assert table.table() in (ROOT / "README.md").read_text(encoding="utf-8"), "paste what `python -m benchmarks.table` prints"
+def test_readme_and_docs_show_the_newest_rows():
+    """The first table stands in the README, the others there or in docs/benchmarks.md."""
+    readme, docs = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/benchmarks.md"))
+    assert table.first_mark() in readme, "paste what `python -m benchmarks.table` prints"
+    for text in table.tables():
+        assert text in readme or text in docs, f"paste what `python -m benchmarks.table` prints:\n{text}"

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from benchmarks import baselines, measure, profiled, run, trace
+from benchmarks.packs import Pack
 from gqa_autograd import testing
 from gqa_autograd.testing import Case
 
@@ -155,6 +156,32 @@ def test_fa2_aligns_the_ends_of_a_rectangle():
     assert list(run.agreeing(made, "backward", said.append)) == ["ours", "fa2"]
     assert len(said) == 1
     assert said[0].startswith("cudnn: no row")
+
+
+def test_fa2_has_a_window():
+    """On its left alone, on both sides, and where the ends are aligned."""
+    said = []
+    for case in (
+        Case(1, 300, 300, 4, 2, 128, causal=True, window=(63, -1)),
+        Case(1, 300, 300, 4, 2, 64, window=(63, 17)),
+        Case(1, 100, 300, 4, 2, 128, causal=True, window=(40, -1)),
+    ):
+        made = run.made(case, "forward", ["ours", "fa2"], said.append)
+        assert list(run.agreeing(made, "forward", said.append)) == ["ours", "fa2"], said
+
+
+def test_contestants_agree_on_a_pack():
+    """In other forms too: with LSE the same bits, the dense form beside it by its own FLOPs."""
+    pack, said = Pack("any", (700, 1, 130, 1000), 8, 2, 128), []
+    args = run.arguments(["forward", "--metric", "busy", "--rounds", "2", "--repeats", "10"])
+    with measure.side_stream():
+        made = run.made(pack, "forward", ["ours", "ours-lse", "ours-dense", "fa2"], said.append)
+        made = run.agreeing(made, "forward", said.append)
+        assert torch.equal(made["ours"].forward(), made["ours-lse"].forward())
+        found = run.measured(pack, "forward", made, args)
+    assert said == []
+    assert list(found) == ["ours", "ours-lse", "ours-dense", "fa2"]
+    assert [found[name][0]["kernels_per_call"] for name in ("ours", "ours-lse", "ours-dense")] == [1, 1, 1]
 
 
 def test_flex_has_a_window_and_a_softcap():

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from tools import kernels_of
 
 import gqa_autograd
 from gqa_autograd import ops, testing
@@ -18,13 +19,6 @@ UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_a
 def step(q, k, v, **options):
     out = gqa_autograd.attention(q, k, v, **options)
     return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
-
-
-def kernels_of(function) -> list[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    return [event.name for event in profile.events() if "attention" in event.name]
 
 
 def test_one_build_per_configuration():
