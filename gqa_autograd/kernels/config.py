@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 
 
 class Forward(NamedTuple):
-    """Tile of the forward kernel: block_M queries (64 a consumer warpgroup) by block_N keys, K and V in a ring of `stages` buffers.
+    """Tile of the forward kernel: block_M queries, 64 for each of 2 or 3 consumer warpgroups, by block_N keys in rings of `stages`.
     mask: "full", "causal" or "window", whose sides are run-time values. form: "dense", "packed" or "split" (forward.py).
     own_staging: the output leaves from shared memory of its own; without, from Q's, whose next load then waits for the store.
     skip_rescale: leave the output as it is where no maximum moved: the same bits, faster; at D 256 it would spill registers."""
@@ -36,15 +36,15 @@ class Backward(NamedTuple):
     stages: int
 
 
-# (D, D_v): block_N for causal, full and window; with a softcap, which needs registers, for any mask; for a window with a softcap;
-# own_staging, skip_rescale
+# (D, D_v): (block_M, block_N) for causal, full and window; with a softcap, which needs registers, for any mask; for a window with a
+# softcap; own_staging, skip_rescale
 _FORWARD = {
-    (64, 64): (128, 128, 128, 128, 128, True, True),
-    (96, 96): (128, 128, 128, 128, 128, True, True),
-    (128, 128): (128, 160, 128, 128, 128, True, True),
-    (192, 128): (112, 112, 112, 112, 112, True, True),
-    (192, 192): (112, 112, 112, 96, 96, False, False),
-    (256, 256): (80, 80, 64, 64, 48, False, False),
+    (64, 64): ((192, 128), (192, 128), (128, 128), (128, 128), (128, 128), True, True),
+    (96, 96): ((128, 128), (128, 128), (128, 128), (128, 128), (128, 128), True, True),
+    (128, 128): ((128, 128), (128, 160), (128, 128), (128, 128), (128, 128), True, True),
+    (192, 128): ((128, 112), (128, 112), (128, 112), (128, 112), (128, 112), True, True),
+    (192, 192): ((128, 112), (128, 112), (128, 112), (128, 96), (128, 96), False, False),
+    (256, 256): ((128, 80), (128, 80), (128, 64), (128, 64), (128, 48), False, False),
 }
 MASKS = ("causal", "full", "window")
 FORMS = ("dense", "packed", "split")
@@ -54,7 +54,7 @@ def _forwards(D: int, D_v: int) -> Iterator[Forward]:
     causal, full, window, capped, both, *rest = _FORWARD[D, D_v]
     sizes = {"causal": (causal, capped), "full": (full, capped), "window": (window, both)}
     for mask, softcap, form in itertools.product(MASKS, (False, True), FORMS):
-        yield Forward(D, D_v, mask, softcap, form, 128, sizes[mask][softcap], 2, *rest)
+        yield Forward(D, D_v, mask, softcap, form, *sizes[mask][softcap], 2, *rest)
 
 
 FORWARD = {(D, D_v, t.mask, t.softcap, t.form): t for D, D_v in _FORWARD for t in _forwards(D, D_v)}

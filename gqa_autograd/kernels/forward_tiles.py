@@ -77,25 +77,6 @@ __device__ __forceinline__ int groups_of(int sequences) {{
   const int step = (sequences + {GROUPS} - 1) / {GROUPS};
   return (sequences + step - 1) / step;
 }}
-// By all consumers
-__device__ __forceinline__ void clear_rows(void* block, int thread, int begin, int rows, int panels, int bytes) {{
-  for (int panel = 0; panel < panels; ++panel)
-    #pragma unroll 1
-    for (int at = begin * bytes + thread * 16; at < rows * bytes; at += 256 * 16)
-      *(uint4*)((char*)block + panel * rows * bytes + at) = make_uint4(0, 0, 0, 0);
-}}
-// By a warpgroup: the first `rows` of 64 staged rows, whose 16-byte pieces are swizzled
-__device__ __forceinline__ void store_rows(
-    void* out, int64_t stride, const void* staged, int thread, int rows, int panels, int bytes) {{
-  const int pieces = bytes / 16;
-  #pragma unroll 1
-  for (int at = thread; at < rows * panels * pieces; at += 128) {{
-    const int piece = at % pieces, panel = at / pieces % panels, row = at / (pieces * panels);
-    const int swizzled = piece ^ (pieces == 8 ? row % 8 : row / 2 % 4);
-    *(uint4*)((char*)out + row * stride * 2 + (panel * pieces + piece) * 16) =
-        *(const uint4*)((const char*)staged + ((panel * 64 + row) * pieces + swizzled) * 16);
-  }}
-}}
 // Tile `order` of a head
 __device__ __forceinline__ void find_tile(
     int* packet, const int* table, const int* cu_q, const int* cu_k, int sequences, int rows_q, int rows_kv, int block_M, int order) {{
@@ -116,15 +97,18 @@ __device__ __forceinline__ void find_tile(
 """
 
 
-def _key_blocks(mask, block_M, block_N, row0, S_q, S_kv, left, right):
-    """(first, number): the key blocks that the tile at row0 sees; at least one, so that every load is waited for."""
+def end_block(mask, block_N, row_end, S_q, S_kv, right):
+    """The key block behind the last that the queries before row_end see."""
     end = T.ceildiv(S_kv, block_N)
     if mask == "full":
-        return 0, T.max(end, 1)
-    last = T.min(row0 + block_M, S_q) + S_kv - S_q + (right if mask == "window" else 0)
-    end = T.min(end, T.ceildiv(last, block_N))
+        return end
+    return T.min(end, T.ceildiv(T.min(row_end, S_q) + S_kv - S_q + (right if mask == "window" else 0), block_N))
+
+
+def _key_blocks(mask, block_M, block_N, row0, S_q, S_kv, left, right):
+    """(first, number): the key blocks that the tile at row0 sees; at least one, so that every load is waited for."""
     first = T.max(T.floordiv(row0 + S_kv - S_q - left, block_N), 0) if mask == "window" else 0
-    return first, T.max(end - first, 1)
+    return first, T.max(end_block(mask, block_N, row0 + block_M, S_q, S_kv, right) - first, 1)
 
 
 def _part(first, number, part, parts, behind):
