@@ -12,7 +12,8 @@ class Forward(NamedTuple):
     """Tile of the forward kernel: block_M queries, 64 for each of 2 or 3 consumer warpgroups, by block_N keys in rings of `stages`.
     mask: "full", "causal" or "window", whose sides are run-time values. form: "dense", "packed" or "split" (forward.py).
     own_staging: the output leaves from shared memory of its own; without, from Q's, whose next load then waits for the store.
-    skip_rescale: leave the output as it is where no maximum moved: the same bits, faster; at D 256 it would spill registers."""
+    skip_rescale: leave the output as it is where no maximum moved: the same bits, faster; at D 256 it would spill registers.
+    early_wait: the wait for a product with V stands before the second of a thread's two row sums, whose rest then runs behind it."""
 
     D: int
     D_v: int
@@ -24,6 +25,7 @@ class Forward(NamedTuple):
     stages: int
     own_staging: bool
     skip_rescale: bool
+    early_wait: bool
 
 
 class Backward(NamedTuple):
@@ -37,14 +39,14 @@ class Backward(NamedTuple):
 
 
 # (D, D_v): (block_M, block_N) for causal, full and window; with a softcap, which needs registers, for any mask; for a window with a
-# softcap; own_staging, skip_rescale
+# softcap; own_staging, skip_rescale, early_wait
 _FORWARD = {
-    (64, 64): ((192, 128), (192, 128), (128, 128), (128, 128), (128, 128), True, True),
-    (96, 96): ((128, 128), (128, 128), (128, 128), (128, 128), (128, 128), True, True),
-    (128, 128): ((128, 128), (128, 160), (128, 128), (128, 128), (128, 128), True, True),
-    (192, 128): ((128, 112), (128, 112), (128, 112), (128, 112), (128, 112), True, True),
-    (192, 192): ((128, 112), (128, 112), (128, 112), (128, 96), (128, 96), False, False),
-    (256, 256): ((128, 80), (128, 80), (128, 64), (128, 64), (128, 48), False, False),
+    (64, 64): ((192, 128), (192, 128), (128, 128), (128, 128), (128, 128), True, False, True),
+    (96, 96): ((128, 128), (128, 128), (128, 128), (128, 128), (128, 128), True, True, False),
+    (128, 128): ((128, 128), (128, 160), (128, 128), (128, 128), (128, 128), True, True, False),
+    (192, 128): ((128, 112), (128, 112), (128, 112), (128, 112), (128, 112), True, True, False),
+    (192, 192): ((128, 112), (128, 112), (128, 112), (128, 96), (128, 96), False, False, False),
+    (256, 256): ((128, 80), (128, 80), (128, 64), (128, 64), (128, 48), False, False, False),
 }
 MASKS = ("causal", "full", "window")
 FORMS = ("dense", "packed", "split")

@@ -1,7 +1,7 @@
 """Which tile of the forward comes next, and where it lies: for dense, packed and split calls.
 
 A tile is `block_M` queries of one query head. Heads go in sections whose K and V fit the L2 cache; in a section the last queries of a
-sequence, which see most keys, come first. The producer places a tile and leaves in shared memory where it lies.
+sequence, which see most keys, come first. The scheduler places a tile and leaves in shared memory where it lies.
 """
 
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ FIELDS = {"dense": 5, "packed": 9, "split": 6}
 
 class Place:
     """Where the tile lies that a role is at: read from shared memory at each use, which costs less than registers that live all the time.
-    Of the two slots one is the consumers' and one the producer's, who is up to a tile ahead."""
+    Of the two slots one is of the tile at hand, one of the next."""
 
     def __init__(self, packet, turn):
         self.packet, self.turn = packet, turn
@@ -46,7 +46,7 @@ __device__ __forceinline__ void last_block_resets(int slot, int blocks) {{
 
 # A packed call knows its lengths on the device only, so every block counts the tiles itself: table[g] is how many tiles of one head lie
 # before group g, a group being as many neighbouring sequences as let GROUPS of them hold all. Up to GROUPS sequences a group is one.
-GROUPS = 256
+GROUPS = 128
 PACKED = f"""
 namespace gqa {{
 // Whatever cu_seqlens holds, no row outside the tensor is read or written
