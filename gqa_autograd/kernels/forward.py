@@ -1,12 +1,11 @@
 """GQA forward: S = scale Q K^T, or cap tanh(scale / cap Q K^T) with a softcap; O = softmax(S) V, LSE = ln sum exp S.
 
-Online softmax, arXiv:1805.02867 algorithm 3; warp-specialised and persistent. A thread block has a scheduler, which takes tile after tile,
-a producer, which loads Q, K and V by TMA, and two or three consumer warpgroups of 64 queries each. They take turns at the tensor cores by
-named barriers, so that one's softmax runs under the others' products; the product with V of key block n - 1 is issued behind the product
-with K of block n and runs under its softmax. Tiles come longest first; the output leaves by TMA under the next tile's loads. Every tile
-does at least one, then fully masked, key block: so each load is waited for, and a query without keys gets out = 0 and lse = -inf. Under a
-window a tile does the key blocks from the first that its first query sees to the last of its last query; only those at the two edges are
-masked.
+Online softmax, arXiv:1805.02867 algorithm 3; warp-specialised and persistent. A thread block has a producer, which takes tile after tile
+and loads Q, K and V by TMA, and two or three consumer warpgroups of 64 queries each. They take turns at the tensor cores by named
+barriers, so that one's softmax runs under the others' products; the product with V of key block n - 1 is issued behind the product with K
+of block n and runs under its softmax. Tiles come longest first; the output leaves by TMA under the next tile's loads. Every tile does at
+least one, then fully masked, key block: so each load is waited for, and a query without keys gets out = 0 and lse = -inf. Under a window a
+tile does the key blocks from the first that its first query sees to the last of its last query; only those at the two edges are masked.
 
 Three forms. "dense": [B, S, H, D]. "packed": sequences end to end in a batch of one, lengths from cu_seqlens on the device. "split": dense,
 for grids with fewer tiles than multiprocessors; each part of a tile's keys is a tile of its own, and forward_combine merges the parts."""
@@ -60,35 +59,27 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
         T.mbarrier_arrive(full[stage])
 
     @T.macro
-    def scheduler(packet, table, bars, call, tiles):
-        """Takes tile after tile and tells the other roles where it lies, up to a tile ahead of them."""
-        t = T.alloc_var("int32", init=0)
-        turn = T.alloc_var("int32", init=0)
-        t = call.block
-        while t < tiles.total(table):
-            T.mbarrier_wait_parity(bars.tile_empty[turn % 2], ((turn // 2) % 2) ^ 1)
-            tiles.place(t, packet, turn % 2, table)
-            T.mbarrier_arrive(bars.tile_full[turn % 2])
-            turn = turn + 1
-            t = T.call_extern("int32", "gqa::next_tile", call.slot, turn, call.blocks)
+    def publish(t, turn, packet, table, bars, tiles):
+        """Tells the consumers where tile t lies, once they are through with the tile two turns before, or that there is none."""
         T.mbarrier_wait_parity(bars.tile_empty[turn % 2], ((turn // 2) % 2) ^ 1)
-        packet[turn % 2, COUNT] = 0
+        if t < tiles.total(table):
+            tiles.place(t, packet, turn % 2, table)
+        else:
+            packet[turn % 2, COUNT] = 0
         T.mbarrier_arrive(bars.tile_full[turn % 2])
-        T.call_extern("handle", "gqa::last_block_resets", call.slot, call.blocks)
 
     @T.macro
-    def producer(Q, K, V, Q_smem, K_smem, V_smem, packet, bars):
+    def producer(Q, K, V, Q_smem, K_smem, V_smem, packet, table, bars, call, tiles):
         turn = T.alloc_var("int32", init=0)
         done = T.alloc_var("int32", init=0)
         count = T.alloc_var("int32", init=0)
         at = Place(packet, turn)
-        T.mbarrier_wait_parity(bars.tile_full[0], 0)
+        publish(call.block, 0, packet, table, bars, tiles)
         count = at[COUNT]
         while count > 0:
             batch, head = at[BATCH], at[HEAD]
             query = at[ROW0] + (at[Q_START] if packed else 0)
             key = bottom(at) * block_N + (at[KV_START] if packed else 0)
-            T.mbarrier_arrive(bars.tile_empty[turn % 2])
             kv_head = T.truncdiv(head, T.truncdiv(H_q, H_kv))
             load(K, batch, key + (count - 1) * block_N, kv_head, K_smem, bars.k_full, bars.k_empty, done)
             T.mbarrier_wait_parity(bars.q_empty, (turn % 2) ^ 1)
@@ -97,14 +88,18 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
             if consumers == 3:
                 T.tma_copy(Q[batch, query + 2 * ROWS : query + block_M, head, :], Q_smem[2], barrier=bars.q_full)
             T.mbarrier_arrive(bars.q_full)
+            # Asked for now, needed at the end of the tile: the counter's latency hides under the loads
+            following = T.call_extern("int32", "gqa::next_tile", call.slot, turn + 1, call.blocks)
             for n in T.unroll(1, count, unroll_factor=1):
                 load(K, batch, key + (count - 1 - n) * block_N, kv_head, K_smem, bars.k_full, bars.k_empty, done + n)
                 load(V, batch, key + (count - n) * block_N, kv_head, V_smem, bars.v_full, bars.v_empty, done + n - 1)
+            # Before the last load, which has to wait anyway
+            publish(following, turn + 1, packet, table, bars, tiles)
             done = done + count
             load(V, batch, key, kv_head, V_smem, bars.v_full, bars.v_empty, done - 1)
             turn = turn + 1
-            T.mbarrier_wait_parity(bars.tile_full[turn % 2], (turn // 2) % 2)
             count = at[COUNT]
+        T.call_extern("handle", "gqa::last_block_resets", call.slot, call.blocks)
 
     @T.macro
     def key_block(w, ring, n, Q_smem, K_smem, V_smem, bars, frags, lead, logits, at, masked):
@@ -296,8 +291,7 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
                 v_full=T.alloc_barrier([1] * stages),
                 v_empty=T.alloc_barrier([consumers] * stages),
                 tile_full=T.alloc_barrier([1] * 2),
-                # The consumers' threads and the producer
-                tile_empty=T.alloc_barrier([128 * consumers + 1] * 2),
+                tile_empty=T.alloc_barrier([128 * consumers] * 2),
             )
             sizes = {"B": B, "H_q": H_q, "rows_q": rows_q, "rows_kv": rows_kv, "cu_q": cu_q, "cu_k": cu_k, "sequences": offsets - 1}
             numbers = {"scale": scale, "cap": cap, "left": left, "right": right, "section": section, "slot": slot, "parts": parts}
@@ -307,15 +301,12 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
             if thread < 128:
                 T.set_max_nreg(producer_registers, 0)
                 if thread < 32:
-                    if T.shuffle_elect(32):
-                        producer(Q, K, V, (Q_0, Q_1, Q_2), K_smem, V_smem, packet, bars)
-                elif thread < 64:
                     if packed:
                         T.call_extern(
                             "handle", "gqa::count_tiles", *(T.address_of(x[0]) for x in (table, cu_q)), offsets - 1, rows_q, block_M
                         )
                     if T.shuffle_elect(32):
-                        scheduler(packet, table, bars, call, tiles)
+                        producer(Q, K, V, (Q_0, Q_1, Q_2), K_smem, V_smem, packet, table, bars, call, tiles)
             else:
                 O_smem = (O_0, O_1, O_2) if own_staging and not split else (Q_0, Q_1, Q_2)
                 if thread < 256:

@@ -1,7 +1,7 @@
 """Which tile of the forward comes next, and where it lies: for dense, packed and split calls.
 
 A tile is `block_M` queries of one query head. Heads go in sections whose K and V fit the L2 cache; in a section the last queries of a
-sequence, which see most keys, come first. The scheduler places a tile and leaves in shared memory where it lies.
+sequence, which see most keys, come first. The producer places a tile and leaves in shared memory where it lies.
 """
 
 from types import SimpleNamespace
