@@ -265,7 +265,8 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
             if lead:
                 T.tma_store_wait(0)
 
-    prelude = tile.PRELUDE + forward_tiles.COUNTER + (forward_tiles.PACKED + forward_output.PACKED if packed else "")
+    more = {"dense": "", "packed": forward_tiles.PACKED + forward_output.PACKED, "split": forward_output.SPLIT}
+    prelude = tile.PRELUDE + forward_tiles.COUNTER + more[form]
 
     @T.macro
     def kernel(Q, K, V, O, LSE, cu_q, cu_k, scale, cap, left, right, blocks, section, slot, parts):

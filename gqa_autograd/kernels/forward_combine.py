@@ -39,7 +39,7 @@ def build(dtype, return_lse, D_v):
                 top[i] = T.if_then_else(top[i] == -T.infinity("float32"), 0.0, top[i])
             T.fill(total, 0)
             T.fill(out, 0)
-            for p in T.serial(parts):
+            for p in T.unroll(parts, unroll_factor=4):
                 for i in T.Parallel(ROWS):
                     if first + i < rows:
                         weight[i] = T.exp2((Part_lse[p, first + i] - top[i]) * tile.LOG2E)

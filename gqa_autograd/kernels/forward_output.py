@@ -37,6 +37,24 @@ __device__ __forceinline__ void store_rows(
 }
 """
 
+# By a warpgroup: stores the first `rows` of 64 rows from the registers of a product
+SPLIT = """
+namespace gqa {
+__device__ __forceinline__ void put(float* values, int index, float value) { values[index] = value; }
+template <int columns>
+__device__ __forceinline__ void store_part(float* out, int64_t stride, const float* values, int thread, int rows) {
+  const int lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+  #pragma unroll
+  for (int half = 0; half < 2; ++half)
+    if (row + half * 8 < rows)
+      #pragma unroll
+      for (int group = 0; group < columns / 8; ++group)
+        *(float2*)(out + (row + half * 8) * stride + group * 8 + lane % 4 * 2) =
+            make_float2(values[group * 4 + half * 2], values[group * 4 + half * 2 + 1]);
+}
+}
+"""
+
 
 def panels(D_v) -> tuple[int, int]:
     """(number, bytes of a row) of the panels that D_v columns lie in."""
@@ -88,9 +106,18 @@ def outputs(form, D_v, own_staging, B, rows_q, stride) -> SimpleNamespace:
     def store(w, first, at, frags, O_smem, O_out, bars, lead):
         """The rows from `first` on. A part stays float32 and leaves from its registers."""
         if split:
+            # A copy as a plain array, in the order of a thread's registers
+            values = T.alloc_local([D_v // 2], "float32")
             for i, j in T.Parallel(ROWS, D_v):
-                if first + i < rows_q:
-                    O_out[at[PART] * B + at[BATCH], first + i, at[HEAD], j] = frags.O[i, j]
+                T.call_extern("handle", "gqa::put", T.address_of(values[0]), j // 8 * 4 + i % 16 // 8 * 2 + j % 2, frags.O[i, j])
+            T.call_extern(
+                "handle",
+                f"gqa::store_part<{D_v}>",
+                T.address_of(O_out[at[PART] * B + at[BATCH], first, at[HEAD], 0]),
+                stride,
+                T.address_of(values[0]),
+                *(T.get_thread_binding() % 128, rows_q - first),
+            )
         else:
             store_staged(w, first, at, frags, O_smem, O_out, bars, lead)
         if not own_staging:
