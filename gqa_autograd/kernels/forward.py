@@ -284,16 +284,17 @@ def build(dtype, return_lse, D, D_v, mask, softcap, form, block_M, block_N, stag
                 T.annotate_layout({b: make_swizzled_layout(b) for b in (O_0, O_1, O_2)})
             packet = T.alloc_shared([2, fields], "int32")
             table = T.alloc_shared([forward_tiles.GROUPS + 1], "int32") if packed else None
-            bars = SimpleNamespace(
-                q_full=T.alloc_barrier(1),
-                q_empty=T.alloc_barrier(consumers),
-                k_full=T.alloc_barrier([1] * stages),
-                k_empty=T.alloc_barrier([consumers] * stages),
-                v_full=T.alloc_barrier([1] * stages),
-                v_empty=T.alloc_barrier([consumers] * stages),
-                tile_full=T.alloc_barrier([1] * 2),
-                tile_empty=T.alloc_barrier([128 * consumers] * 2),
-            )
+            # Assigned one by one: the generated code takes their names from here
+            q_full = T.alloc_barrier(1)
+            q_empty = T.alloc_barrier(consumers)
+            k_full = T.alloc_barrier([1] * stages)
+            k_empty = T.alloc_barrier([consumers] * stages)
+            v_full = T.alloc_barrier([1] * stages)
+            v_empty = T.alloc_barrier([consumers] * stages)
+            tile_full = T.alloc_barrier([1] * 2)
+            tile_empty = T.alloc_barrier([128 * consumers] * 2)
+            rings = {"k_full": k_full, "k_empty": k_empty, "v_full": v_full, "v_empty": v_empty}
+            bars = SimpleNamespace(q_full=q_full, q_empty=q_empty, tile_full=tile_full, tile_empty=tile_empty, **rings)
             sizes = {"B": B, "H_q": H_q, "rows_q": rows_q, "rows_kv": rows_kv, "cu_q": cu_q, "cu_k": cu_k, "sequences": offsets - 1}
             numbers = {"scale": scale, "cap": cap, "left": left, "right": right, "section": section, "slot": slot, "parts": parts}
             call = SimpleNamespace(**sizes, **numbers, block=block, blocks=blocks)

@@ -95,16 +95,21 @@ def _launch(run: Callable, index: int, read: Callable | None, numbers: _Numbers)
     return launch
 
 
+def _workspace(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Each part's own out and lse in float32, 4 (D_v + 1) bytes a row and part."""
+    B, S_q, H_q, D_v = out.shape
+    return out.new_empty((parts * B, S_q, H_q, D_v), dtype=torch.float32), out.new_empty((parts * B, S_q, H_q), dtype=torch.float32)
+
+
 def _launch_split(run: Callable, merge: Callable, index: int, read: Callable | None, numbers: _Numbers) -> Launch:
-    """Each part's own out and lse in float32, 4 (D_v + 1) bytes a row and part, then all merged."""
+    """Each part in a workspace, then all merged."""
     parts = numbers.parts
     attend = _launch(run, index, read, numbers)
 
     def launch(q, k, v, out, lse):
         B, S_q, H_q, D_v = out.shape
         rows = B * S_q * H_q
-        part_out = out.new_empty((parts * B, S_q, H_q, D_v), dtype=torch.float32)
-        part_lse = out.new_empty((parts * B, S_q, H_q), dtype=torch.float32)
+        part_out, part_lse = _workspace(out, parts)
         attend(q, k, v, part_out, part_lse)
         whole = out.view(rows, D_v)
         with device.current(out.device):
