@@ -12,9 +12,10 @@ import torch
 from catalogue import Entry
 from torch import Tensor
 
-from gqa_autograd import meta, testing
-from gqa_autograd.kernels import backward, device, forward_launch
+from gqa_autograd import meta, testing, testing_varlen
+from gqa_autograd.kernels import backward, config, device, forward_launch
 from gqa_autograd.testing import Case, Result
+from gqa_autograd.testing_varlen import PackedCase
 from hopper_emulator import Code, Emulator
 
 # tile.PRELUDE: an arrival that is never taken, there to keep the compiler from moving a wait
@@ -65,6 +66,7 @@ def emulated(machine: Machine, others: dict[Entry, Emulator] | None = None, chec
         mock.patch.multiple(device, **facts),
         mock.patch.object(forward_launch, "executable", lambda cfg, dtype, lse: run(Entry("forward", cfg, dtype, lse))),
         mock.patch.object(forward_launch, "combine_executable", lambda D_v, dtype, lse: run(_merging(D_v, dtype, lse))),
+        mock.patch.object(forward_launch, "_workspace", _poisoned_workspace(forward_launch._workspace)),
         mock.patch.object(backward, "compiled", backward_kernels),
         mock.patch.object(backward, "_workspace", _poisoned_workspace(backward._workspace)),
     ):
@@ -77,7 +79,8 @@ def _listed(entry: Entry) -> Entry:
 
 
 def _merging(D_v: int, dtype: torch.dtype, lse: bool) -> Entry:
-    (entry,) = (e for e in catalogue.entries().values() if (e.family, e.tile.D_v, e.dtype, e.option) == ("combine", D_v, dtype, lse))
+    found = (e for e in catalogue.entries().values() if e.family == "combine")
+    (entry,) = (e for e in found if (e.tile.D_v, e.dtype, e.option) == (D_v, dtype, lse))
     return entry
 
 
@@ -91,12 +94,23 @@ def _poisoned_workspace(original: Callable) -> Callable:
     return workspace
 
 
-def attend(tile, q: Tensor, k: Tensor, v: Tensor, case: Case, return_lse: bool) -> tuple[Tensor, Tensor]:
-    """out and lse, NaN where nothing was written; without return_lse, lse stays NaN."""
+def attend(tile, q: Tensor, k: Tensor, v: Tensor, case: Case, return_lse: bool, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """out and lse, NaN where nothing was written; without return_lse, lse stays NaN. More than one part makes it a split call."""
     left, right, scale, softcap = case.formula
     out, lse = (t.fill_(math.nan) for t in meta.attention_fwd_lse(q, k, v))
-    launch = forward_launch.plan(tile, q, k, v, return_lse, scale, (left, right), softcap)
+    dense = config.FORWARD[tile.D, tile.D_v, tile.mask, tile.softcap, "dense"]
+    with mock.patch.object(config, "parts", return_value=parts):
+        launch = forward_launch.plan(dense, q, k, v, return_lse, scale, (left, right), softcap)
     launch(q, k, v, out, lse if return_lse else None)
+    return out, lse
+
+
+def attend_packed(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, case: PackedCase, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """The same of packed sequences."""
+    left, right, scale, softcap = case.formula
+    out, lse = (t.fill_(math.nan) for t in meta.attention_varlen_fwd_lse(q, k, v))
+    written = out, lse if return_lse else None
+    forward_launch.launch_varlen(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, *written, scale, (left, right), softcap)
     return out, lse
 
 
@@ -115,14 +129,48 @@ def truth(case: Case, with_dlse: bool) -> tuple[tuple[Tensor, ...], Tensor | Non
     return tensors, dlse, testing.plain(case, *tensors, dlse), testing.exact(case, *tensors, dlse)
 
 
+@functools.cache
+def packed_truth(case: PackedCase) -> tuple[tuple[Tensor, ...], Result, Result]:
+    """The same of packed sequences."""
+    args = testing_varlen.make(case, seed=1)
+    return args, testing_varlen.plain(case, *args), testing_varlen.exact(case, *args)
+
+
 @torch.no_grad()
 def check_forward(entry: Entry, case: Case) -> None:
     """Inside `emulated`: out, and lse where the kernel has it, by the closeness rule."""
+    _check_dense(entry, case, entry.option, 1)
+
+
+@torch.no_grad()
+def check_split(entry: Entry, case: Case, return_lse: bool, parts: int) -> None:
+    """The same of the keys in several parts and of what merges them."""
+    assert entry.tile.form == "split"
+    assert parts > 1
+    _check_dense(entry, case, return_lse, parts)
+
+
+def _check_dense(entry: Entry, case: Case, return_lse: bool, parts: int) -> None:
     (q, k, v, _), _, plain, exact = truth(case, False)
-    out, lse = attend(entry.tile, q, k, v, case, entry.option)
+    out, lse = attend(entry.tile, q, k, v, case, return_lse, parts)
     testing.assert_no_worse(out, plain.out, exact.out, "out", softcap=case.softcap > 0)
-    if entry.option:
+    if return_lse:
         testing.assert_lse(lse, exact.lse)
+
+
+@torch.no_grad()
+def check_packed(entry: Entry, case: PackedCase, spoiled: tuple[int, ...] | None = None) -> None:
+    """The same of each sequence alone, and nobody else's rows are written. `spoiled`: these sequences, and all tails, hold NaN."""
+    args, plain, exact = packed_truth(case)
+    q, k, v, _, *offsets = args if spoiled is None else testing_varlen.spoil(case, args, spoiled)
+    out, lse = attend_packed(entry.tile, q, k, v, *offsets, case, entry.option)
+    ours = Result(out, lse, *(torch.full_like(t, math.nan) for t in (q, k, v)))
+    for n in (n for n in range(len(case.lengths_q)) if n not in (spoiled or ())):
+        mine, theirs, truth = (testing_varlen.sequence(case, result, n) for result in (ours, plain, exact))
+        testing.assert_no_worse(mine.out, theirs.out, truth.out, f"out of sequence {n}", softcap=case.softcap > 0)
+        if entry.option:
+            testing.assert_lse(mine.lse, truth.lse)
+    testing_varlen.assert_untouched(case, ours)
 
 
 @torch.no_grad()

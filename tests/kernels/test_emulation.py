@@ -6,51 +6,87 @@ import itertools
 
 import catalogue
 import pytest
+import torch
 from covering import cover
 
 from gqa_autograd.kernels import config
 from gqa_autograd.testing import Case
+from gqa_autograd.testing_varlen import PackedCase
 
 tilelang = pytest.importorskip("tilelang", reason="no tilelang here: the kernels were not emulated")
 import emulation  # noqa: E402, needs tilelang
 from emulation import Machine, emulated  # noqa: E402
 
+
+def scattered(N: int, *lengths: int) -> tuple[int, ...]:
+    """N lengths: those given as far apart as they can be, the first and the last at the ends, and 0 between them."""
+    places = {round(n * (N - 1) / (len(lengths) - 1)): length for n, length in enumerate(lengths)}
+    return tuple(places.get(n, 0) for n in range(N))
+
+
 # One row, cut tiles, whole tiles, many tiles, queries that see no key, and both kinds of rectangle
 LENGTHS = ((1, 1), (128, 128), (64, 300), (200, 333), (333, 200), (1, 257), (130, 20), (257, 64))
+# Split: one key block, so that most parts have none, and up to a dozen for the same parts
+SPLIT_LENGTHS = ((1, 1), (1, 1300), (128, 512), (200, 333), (130, 20), (257, 64))
+# Lengths of q and of k and v: around the tile sizes; empty first, last and between; without keys; without sequences; as many as groups
+# (forward_tiles.GROUPS = 256), one more, and several to a group
+PACKINGS = {
+    "token": ((1,), (1,)),
+    "one": ((300,), (420,)),
+    "around": ((127, 128, 129, 1, 256), (129, 256, 128, 127, 1)),
+    "empty": ((0, 50, 0, 0, 177, 0), (20, 161, 0, 5, 90, 0)),
+    "no-keys": ((40, 131, 70, 9), (0, 200, 0, 0)),
+    "no-key-at-all": ((40, 3), (0, 0)),
+    "none": ((), ()),
+    "five": ((3, 130, 64, 0, 17), (200, 131, 5, 33, 17)),
+    "256": (scattered(256, 3, 130, 2, 1), (7,) * 256),
+    "257": (scattered(257, 1, 129, 2, 40, 5), scattered(257, 150, 1, 2, 41, 7)),
+    "300": (tuple(n % 7 // 5 * n % 11 for n in range(300)), tuple(n % 13 for n in range(300))),
+    "600": (scattered(600, *range(1, 30), 130, 2), scattered(600, 200, *range(1, 31))),
+}
 HEADS = ((1, 1), (2, 2), (4, 2), (3, 1))
 SCHEDULES = ("eager", "lazy", 1, 2)
-SHARED = {
-    "S": LENGTHS,
-    "H": HEADS,
-    "B": (1, 2),
-    "layout": ("bshd", "bhsd", "fused"),
-    "scale": (None, -0.3, 0.0),
-    "schedule": SCHEDULES,
-}
-WINDOWS = ((-1, 5), (63, -1), (17, 5), (0, 0), (128, 0), (300, 200))
+MACHINES = {"multiprocessors": (1, 3, 100), "slot": (0, -1)}
+SHARED = {"H": HEADS, "scale": (None, -0.3, 0.0), "schedule": SCHEDULES}
+DENSE = SHARED | {"B": (1, 2), "layout": ("bshd", "bhsd", "fused")}
+WINDOWS = {"window": ((-1, 5), (63, -1), (17, 5), (0, 0), (128, 0), (300, 200))}
+# Of a test: its axes, the first the lengths
 AXES = {
-    "forward": SHARED | {"window": WINDOWS, "multiprocessors": (1, 3, 100), "slot": (0, -1)},
-    "backward": SHARED | {"dlse": (False, True)},
+    "forward": {"S": LENGTHS} | DENSE | WINDOWS | MACHINES,
+    "split": {"S": SPLIT_LENGTHS} | DENSE | WINDOWS | MACHINES | {"parts": (2, 3, 5), "lse": (False, True)},
+    "packed": {"packing": tuple(PACKINGS)}
+    | SHARED
+    | WINDOWS
+    | MACHINES
+    | {"layout": ("thd", "htd", "fused"), "tails": ((0, 0), (70, 141)), "spoiled": ("nothing", "even", "odd")},
+    "backward": {"S": LENGTHS} | DENSE | {"dlse": (False, True)},
 }
 
 
 def allowed(choice) -> bool:
-    """Views of one buffer need equal lengths."""
-    return choice["layout"] != "fused" or choice["S"][0] == choice["S"][1]
+    """Views of one buffer need equal lengths, which tails can give; NaN would be written to a copy of them."""
+    if choice["layout"] != "fused":
+        return True
+    return choice["spoiled"] == "nothing" if "packing" in choice else choice["S"][0] == choice["S"][1]
 
 
-def kernels(family: str, found: dict[str, catalogue.Entry]) -> tuple:
-    return tuple(entry for entry in found.values() if entry.family == family)
+def kernels(test: str, found: dict[str, catalogue.Entry]) -> tuple:
+    """Those of a test: of the forward, one form has its own."""
+    if test == "backward":
+        return tuple(entry for entry in found.values() if entry.family == test)
+    form = "dense" if test == "forward" else test
+    return tuple(entry for entry in found.values() if entry.family == "forward" and entry.tile.form == form)
 
 
-def covering(family: str) -> list[dict]:
-    return cover({"kernel": kernels(family, catalogue.representative())} | AXES[family], allowed)
+def covering(test: str) -> list[dict]:
+    return cover({"kernel": kernels(test, catalogue.representative())} | AXES[test], allowed)
 
 
-def everything(family: str) -> list[dict]:
-    """Each kernel with each pair of lengths in each schedule, with more seeds; the other axes go round."""
-    axes = {"kernel": kernels(family, catalogue.entries())} | AXES[family]
-    first = ("kernel", "S", "schedule")
+def everything(test: str) -> list[dict]:
+    """Each kernel with all lengths in each schedule, with more seeds; the other axes go round."""
+    axes = {"kernel": kernels(test, catalogue.entries())} | AXES[test]
+    lengths = next(iter(AXES[test]))
+    first = ("kernel", lengths, "schedule")
     axes["schedule"] = ("eager", "lazy", *range(1, 6))
     others = [a for a in axes if a not in first]
     rest = [dict(zip(others, values, strict=True)) for values in itertools.product(*(axes[a] for a in others))]
@@ -62,34 +98,95 @@ def everything(family: str) -> list[dict]:
     return chosen
 
 
-def case_of(choice) -> Case:
+def formula_of(choice) -> dict:
+    """What a case says beside its lengths and heads."""
     tile = choice["kernel"].tile
     options = {"scale": choice["scale"], "dtype": choice["kernel"].dtype, "layout": choice["layout"]}
     if isinstance(tile, config.Backward):
-        return Case(choice["B"], *choice["S"], *choice["H"], tile.D, tile.causal, **options)
+        return options | {"causal": tile.causal}
     options |= {"D_v": tile.D_v} if tile.D_v != tile.D else {}
     options |= {"window": choice["window"]} if tile.mask == "window" else {}
     # Near 0 the cap does nothing, so it is a small one
-    return Case(choice["B"], *choice["S"], *choice["H"], tile.D, tile.mask == "causal", softcap=2.0 if tile.softcap else 0.0, **options)
+    return options | {"causal": tile.mask == "causal", "softcap": 2.0 if tile.softcap else 0.0}
+
+
+def case_of(choice) -> Case:
+    return Case(choice["B"], *choice["S"], *choice["H"], choice["kernel"].tile.D, **formula_of(choice))
+
+
+def packed_case_of(choice) -> PackedCase:
+    lengths, tails = PACKINGS[choice["packing"]], list(choice["tails"])
+    if choice["layout"] == "fused":
+        totals = [sum(own) + tail for own, tail in zip(lengths, tails, strict=True)]
+        tails = [tail + max(totals) - total for total, tail in zip(totals, tails, strict=True)]
+    options = formula_of(choice) | {"tail_q": tails[0], "tail_kv": tails[1]}
+    return PackedCase(*lengths, *choice["H"], choice["kernel"].tile.D, **options)
 
 
 def name_of(choice) -> str:
-    rest = [f"{axis}={choice[axis]}" for axis in ("dlse", "schedule", "multiprocessors", "slot") if axis in choice]
-    return "-".join([*["lse"] * choice["kernel"].option, str(case_of(choice)), *rest])
+    if "packing" in choice:
+        # The lengths themselves would be hundreds
+        case = str(case_of(choice | {"B": 1, "S": (1, 1)})).replace("B1-q1-kv1", choice["packing"])
+    else:
+        case = str(case_of(choice))
+    axes = ("dlse", "parts", "lse", "tails", "spoiled", "schedule", "multiprocessors", "slot")
+    rest = [f"{axis}={choice[axis]}" for axis in axes if axis in choice]
+    return "-".join([*["lse"] * choice["kernel"].option, case, *rest]).replace(" ", "")
 
 
 def pytest_generate_tests(metafunc):
+    nightly = metafunc.config.getoption("--nightly")
     if "choice" in metafunc.fixturenames:
-        family = metafunc.function.__name__.removeprefix("test_")
-        choices = everything(family) if metafunc.config.getoption("--nightly") else covering(family)
+        test = metafunc.function.__name__.removeprefix("test_")
+        choices = everything(test) if nightly else covering(test)
         # Runs of one kernel side by side, since a worker builds a kernel once
         choices.sort(key=lambda c: str(c["kernel"]))
         metafunc.parametrize("choice", choices, ids=name_of)
+    if "packed_kernel" in metafunc.fixturenames:
+        found = catalogue.entries() if nightly else catalogue.representative()
+        metafunc.parametrize("packed_kernel", kernels("packed", found), ids=str)
+
+
+def machine(choice) -> Machine:
+    return Machine(choice["schedule"], choice["multiprocessors"], choice["slot"])
 
 
 def test_forward(choice):
-    with emulated(Machine(choice["schedule"], choice["multiprocessors"], choice["slot"])):
+    with emulated(machine(choice)):
         emulation.check_forward(choice["kernel"], case_of(choice))
+
+
+def test_split(choice):
+    with emulated(machine(choice)):
+        emulation.check_split(choice["kernel"], case_of(choice), choice["lse"], choice["parts"])
+
+
+def test_packed(choice):
+    case = packed_case_of(choice)
+    which = {"nothing": None, "even": tuple(range(0, len(case.lengths_q), 2)), "odd": tuple(range(1, len(case.lengths_q), 2))}
+    with emulated(machine(choice)):
+        emulation.check_packed(choice["kernel"], case, which[choice["spoiled"]])
+
+
+FAR = 2**31 - 1
+NONSENSE = {
+    "decreasing": ([200, 120, 60, 0], [300, 170, 30, 0]),
+    "negative": ([-5, 40, -130, 100], [-300, -1, 250, -7]),
+    "beyond the end": ([0, 90, 350, 999], [10, 290, 310, 10**6]),
+    "first not 0": ([150, 170, 180, 190], [100, 100, 299, 299]),
+    "extremes": ([-FAR - 1, FAR, -FAR - 1, FAR], [FAR, -FAR - 1, FAR, -FAR - 1]),
+    "each the whole": ([0, FAR, 0, FAR], [0, FAR, -FAR, FAR]),
+}
+
+
+@pytest.mark.parametrize("offsets", NONSENSE.values(), ids=NONSENSE)
+def test_offsets_are_not_trusted(packed_kernel, offsets):
+    """The host cannot see them: whatever they hold, no row outside the tensors is read or written, and the launch ends."""
+    case = PackedCase((200,), (300,), 2, 1, packed_kernel.tile.D, dtype=packed_kernel.dtype, D_v=packed_kernel.tile.D_v)
+    q, k, v, *_ = emulation.packed_truth(case)[0]
+    offsets = (torch.tensor(o, dtype=torch.int32) for o in offsets)
+    with emulated(Machine("lazy", 2)), torch.no_grad():
+        emulation.attend_packed(packed_kernel.tile, q, k, v, *offsets, case, packed_kernel.option)
 
 
 def test_backward(choice):
