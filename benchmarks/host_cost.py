@@ -76,7 +76,7 @@ def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def through_the_operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend` as it goes where no plan is found."""
-    q, k, v, settings = functional.settle(q, k, v, causal=True)
+    q, k, v, settings = functional.settle("attention", q, k, v, causal=True)
     return ops.run(ops.attention_fwd, q, k, v, *settings)
 
 
@@ -85,11 +85,19 @@ def of_a_new_kind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v)
 
 
+def run_time_numbers(tile: config.Forward, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple:
+    """What a launch passes to the kernel behind the tensors, from a launch of something else."""
+    passed: list[Any] = []
+    with mock.patch.object(forward_launch, "executable", return_value=lambda *arguments: passed.extend(arguments)):
+        forward_launch.plan(tile, q, k, v, False, 0.125, (-1, 0), 0.0)(q, k, v, out, None)
+    return tuple(passed[5:])
+
+
 def inference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Rows, Rows]:
     """The parts of a call without gradients, and what each way in takes as a whole."""
     out, tile = meta.attention_fwd(q, k, v), config.forward("host_cost", q.shape[3], v.shape[3], -1, 0, 0.0)
     kernel = forward_launch.executable(tile, q.dtype, False)
-    numbers = (0.125, 0.0, 32, 32, 1, 1, -1)
+    numbers = run_time_numbers(tile, q, k, v, out)
     launch = forward_launch.plan(tile, q, k, v, False, 0.125, (-1, 0), 0.0)
     attend(q, k, v)
     body = plans.planned(q, k, v, True, None, 0, (-1, -1), None, False)
@@ -108,7 +116,7 @@ def inference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Rows, Rows]:
         "plans.watched": plans.watched,
         "plans.kind": lambda: plans.kind(q, k, v, 0, -1, 0, None, 0, False),
         "plans.planned, both included": lambda: plans.planned(q, k, v, True, None, 0, (-1, -1), None, False),
-        "functional.settle": lambda: functional.settle(q, k, v, True),
+        "functional.settle": lambda: functional.settle("attention", q, k, v, True),
         "the operator, its body included": lambda: ops.run(ops.attention_fwd, q, k, v, *SETTINGS),
         "torch.no_grad() around nothing": torch.no_grad()(_nothing),
     }

@@ -185,6 +185,17 @@ def test_help_explains_itself():
         assert word in done.stdout
 
 
+def test_host_cost_times_every_row():
+    """In a process of its own, since its bodies take the place of the operators'. A function whose arguments have changed would stop it."""
+    pytest.importorskip("tilelang")
+    once = [f"--{name}=1" for name in ("runs", "calls", "batch")]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.host_cost", *once], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    blocks = [block.splitlines() for block in done.stdout.split("\n\n")[1:]]
+    assert [title for title, *_ in blocks] == ["no grad, parts", "no grad", "training forward", "forward + backward"]
+    assert all(len(rows) > 4 for _, *rows in blocks)
+
+
 def test_progress_without_tqdm(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     steps, say = progress.tracked(["a", "b"], "shape")

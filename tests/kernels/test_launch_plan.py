@@ -48,12 +48,12 @@ def launch(tensors, scale=0.125, window=(-1, -1), softcap=0.0, with_lse=False, a
 def test_plain_tensors_are_passed_as_they_lie(calls, with_lse):
     tensors, others = make(), make()
     out, lse = launch(tensors, again=others, with_lse=with_lse)
-    ((*passed, scale, softcap, left, right, blocks, section, slot),) = calls
+    ((*passed, scale, softcap, left, right, blocks, section, slot, parts),) = calls
     wanted = [*others, out, lse if with_lse else out]
     assert all(p is w for p, w in zip(passed, wanted, strict=True))
     assert (scale, softcap, left, right) == (0.125, 0.0, 500, 500)
     # Two tiles of 128 queries for each of 8 heads; K and V of a head take 76800 bytes, half of the L2 cache holds 6 of 4
-    assert (blocks, section, slot) == (16, 4 * 2, SLOT)
+    assert (blocks, section, slot, parts) == (16, 4 * 2, SLOT, 1)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -135,6 +135,84 @@ def test_another_device_is_made_current_for_the_launch(calls, monkeypatch):
     launch((q, k, v), scale=-0.5)
     assert order == ["enter", "slot", "exit"]
     assert torch.equal(calls[0][0], -q)
+
+
+# --- split calls ---
+class Kernels:
+    """What was asked for, and the arguments of its one launch."""
+
+    def __init__(self):
+        self.configuration, self.arguments = None, None
+
+    def __call__(self, *configuration):
+        assert self.configuration is None
+        self.configuration = configuration
+        return self.launched
+
+    def launched(self, *arguments):
+        assert self.arguments is None
+        self.arguments = arguments
+
+
+@pytest.fixture
+def split(calls, monkeypatch):
+    """The attending and the merging kernel of a split call."""
+    attending, merging = Kernels(), Kernels()
+    monkeypatch.setattr(forward_launch, "executable", attending)
+    monkeypatch.setattr(forward_launch, "combine_executable", merging)
+    return attending, merging
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_a_chunk_of_a_long_sequence_is_split_and_merged(split, with_lse):
+    tensors = make(B=3, S_q=2, S_kv=5000, H_q=4, H_kv=2)
+    out, lse = launch(tensors, with_lse=with_lse)
+    attending, merging = split
+    # 4 tiles on 132 multiprocessors could be 33 parts, but 5000 keys have 9 times 4 blocks of 128
+    parts, rows = 9, 3 * 2 * 4
+    assert attending.configuration == (config.FORWARD[64, 64, "full", False, "split"], torch.bfloat16, True)
+    q, k, v, part_out, part_lse, scale, softcap, left, right, blocks, section, slot, passed = attending.arguments
+    assert all(p is t for p, t in zip((q, k, v), tensors, strict=True))
+    assert (scale, softcap, left, right, slot, passed) == (0.125, 0.0, 5002, 5002, SLOT, parts)
+    # A block for each part of each tile; 2^20 bytes of L2 hold half of no head's K and V, so heads go one KV head at a time
+    assert (blocks, section) == (4 * 3 * parts, 2)
+    assert part_out.shape == (parts * 3, 2, 4, 64)
+    assert part_lse.shape == (parts * 3, 2, 4)
+    assert merging.configuration == (64, torch.bfloat16, with_lse)
+    merged_out, merged_lse, whole, last = merging.arguments
+    assert (merged_out.shape, merged_lse.shape, whole.shape) == ((parts, rows, 64), (parts, rows), (rows, 64))
+    for view, of in ((merged_out, part_out), (merged_lse, part_lse), (whole, out), (last, lse if with_lse else out)):
+        assert view.data_ptr() == of.data_ptr()
+    assert last.shape == (lse.shape if with_lse else whole.shape)
+
+
+def test_the_workspace_takes_what_is_documented(split):
+    """4 (D_v + 1) bytes for each row and part."""
+    launch(make(B=3, S_q=2, S_kv=5000, H_q=4, H_kv=2))
+    part_out, part_lse = split[0].arguments[3:5]
+    assert part_out.dtype == part_lse.dtype == torch.float32
+    assert part_out.untyped_storage().nbytes() + part_lse.untyped_storage().nbytes() == 4 * (64 + 1) * (3 * 2 * 4) * 9
+
+
+def test_blocks_are_never_more_than_multiprocessors(split):
+    launch(make(B=40, S_q=2, S_kv=5000))
+    assert split[0].arguments[9] == 132
+
+
+def test_parts_do_not_depend_on_the_batch(calls, monkeypatch):
+    """A row has the same bits alone and in company, also where company alone would fill the device."""
+    monkeypatch.setattr(forward_launch, "combine_executable", lambda *configuration: lambda *arguments: None)
+    for B in (1, 2, 7, 40):
+        launch(make(B=B, S_q=2, S_kv=5000))
+    assert [arguments[-1] for arguments in calls] == [9] * 4
+
+
+def test_a_window_too_short_to_split(split):
+    """5000 keys, of which a tile sees a few."""
+    launch(make(S_q=2, S_kv=5000), window=(200, 0))
+    assert split[0].configuration == (config.FORWARD[64, 64, "window", False, "dense"], torch.bfloat16, False)
+    assert split[0].arguments[-1] == 1
+    assert split[1].configuration is None
 
 
 # --- slots ---
