@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import catalogue
 import pytest
+import torch
 
 from gqa_autograd.testing import Case
+from gqa_autograd.testing_varlen import PackedCase
 
 tilelang = pytest.importorskip("tilelang", reason="no tilelang here: no kernel to plant a defect in")
 import emulation  # noqa: E402, needs tilelang
@@ -15,20 +17,29 @@ from emulation import Machine, emulated  # noqa: E402
 from hopper_emulator import KINDS, EmulationError  # noqa: E402
 
 FORWARD, BACKWARD = "forward-d128-causal-bfloat16-lse", "backward-d64-causal-bfloat16"
-# Several tiles for each block, several turns of every ring
-CASES = {FORWARD: Case(1, 300, 420, 2, 1, 128, causal=True), BACKWARD: Case(1, 300, 420, 2, 1, 64, causal=True)}
+PACKED, SPLIT, COMBINE = "forward-d128-causal-packed-bfloat16-lse", "forward-d128-causal-split-bfloat16-lse", "combine-d128-bfloat16-lse"
+# Several tiles for each block, several turns of every ring; queries that see no key; fewer key blocks than the three parts
+CASES = {
+    FORWARD: Case(1, 300, 420, 2, 1, 128, causal=True),
+    PACKED: PackedCase((130, 70, 0, 150), (200, 90, 40, 300), 2, 1, 128, causal=True, tail_q=50, tail_kv=60),
+    SPLIT: Case(1, 300, 200, 2, 1, 128, causal=True),
+    BACKWARD: Case(1, 300, 420, 2, 1, 64, causal=True),
+}
+# No error of the emulator: what the kernel computes differs from the truth, or is NaN, or lies where nothing should
+WRONG = "wrong result"
 STORE_WAIT = r"tl::tma_store_wait<0, true>\(\);"
 
 
 class Defect(NamedTuple):
-    """In the CUDA of `kernel`, what `pattern` finds for the `nth` time becomes `instead`; the emulator must call that `kind`."""
+    """In the CUDA of `kernel`, what `pattern` finds for the `nth` time (None: each time) becomes `instead`; the emulator must call that
+    `kind`."""
 
     name: str
     kernel: str
     pattern: str
     instead: str
     kind: str
-    nth: int = 0
+    nth: int | None = 0
     says: str = ""
     schedule: str = "lazy"
 
@@ -37,16 +48,18 @@ class Defect(NamedTuple):
 
     def patch(self, source: str) -> str:
         found = list(re.finditer(self.pattern, source))
-        assert len(found) > self.nth, f"the kernel has changed: {self.pattern} is not in it"
-        start, end = found[self.nth].span()
-        assert "\n" not in source[start:end]
-        return source[:start] + found[self.nth].expand(self.instead) + source[end:]
+        assert len(found) > (self.nth or 0), f"the kernel has changed: {self.pattern} is not in it"
+        for match in reversed(found) if self.nth is None else [found[self.nth]]:
+            start, end = match.span()
+            assert "\n" not in source[start:end]
+            source = source[:start] + match.expand(self.instead) + source[end:]
+        return source
 
 
 DEFECTS = [
     Defect("a buffer is never given back", FORWARD, r"k_empty\[.*\]\.arrive\(\);", ";", "deadlock", says="k_empty"),
     Defect("a phase that cannot come", FORWARD, r"q_full\[0\]\.init\(1\)", "q_full[0].init(2)", "deadlock", says="1 of 2 arrivals missing"),
-    Defect("a tile is never handed on", FORWARD, r"tile_full\[0\]\.arrive\(\)", "", "deadlock", says="tile_full"),
+    Defect("a tile is never handed on", FORWARD, r"tile_full\[.*\]\.arrive\(\)", "", "deadlock", says="tile_full"),
     Defect(
         "fewer bytes land than announced",
         FORWARD,
@@ -81,7 +94,7 @@ DEFECTS = [
         says="O_",
     ),
     Defect("a wait for the other parity", FORWARD, r"q_full\[0\]\.wait\(\((\w+) & 1\)\)", r"q_full[0].wait(((\1 & 1) ^ 1))", "unwaited"),
-    Defect("nobody waits for V", FORWARD, r"v_full\[\(v_last.*\]\.wait\(.*\);", ";", "unwaited", says="V_desc"),
+    Defect("nobody waits for V", FORWARD, r"v_full\[\(last.*\]\.wait\(.*\);", ";", "unwaited", says="V_desc"),
     Defect(
         "a load after the last tile",
         FORWARD,
@@ -92,7 +105,7 @@ DEFECTS = [
         says="nobody has waited for this TMA load",
     ),
     Defect("K is loaded over a running product", FORWARD, r"k_empty\[\(ring_1.*\]\.wait\(.*\);", ";", "overwrite", schedule="eager"),
-    Defect("the next tile is written before the last was read", FORWARD, r"tile_empty\[0\]\.wait\(.*\);", ";", "race", says="tile_smem"),
+    Defect("the next tile is written before the last was read", FORWARD, r"tile_empty\[.*\]\.wait\(.*\);", ";", "race", says="packet"),
     Defect(
         "the epilogue races with a load in flight",
         FORWARD,
@@ -120,19 +133,40 @@ DEFECTS = [
     Defect("Q is given back before its product is done", BACKWARD, r"tl::wait_wgmma<0>\(\);", ";", "overwrite", nth=1, says="Q_smem"),
     Defect("a reduction never waited for", BACKWARD, STORE_WAIT, ";", "store source"),
     Defect("Q and LSE are loaded before they were used", BACKWARD, r"q_empty\[.*\]\.wait\(.*\);", ";", "overwrite", says="Q_smem"),
+    Defect("the end of V is not cleared", PACKED, r"gqa::clear_rows\(\(&.*\);", ";", WRONG, says="finite"),
+    Defect("the end of V is cleared before it is there", PACKED, r"v_full\[\(done_1 & 1\)\]\.wait\(.*\);", ";", "overwrite", says="V_smem"),
+    # TileLang adds fences of its own, one of them behind the clearing
+    Defect("no proxy fence after clearing", PACKED, r"tl::fence_proxy_async\(\);", ";", "proxy fence", nth=None, says="V_smem"),
+    Defect("no barrier after clearing", PACKED, r"tl::__sync_thread_partial\(5, 256\);", ";", "overwrite", nth=None, says="V_smem"),
+    Defect("a packet is overwritten before it is read", PACKED, r"tile_empty\[.*\]\.wait\(.*\);", ";", "race", says="packet"),
+    Defect("a row beyond the sequence is stored", PACKED, r"(gqa::store_rows\(.*), rows, 2", r"\1, rows + 1, 2", WRONG),
+    Defect("whole tiles are stored at a sequence's end", PACKED, r"if \(\(first_1 \+ 64\) <= .*\) \{", "if (true) {", WRONG),
+    Defect("lse beyond the sequence is stored", PACKED, r"< \(S_q_3 \+ 64\)", "< (S_q_3 + 65)", WRONG),
+    Defect("keys of the first sequence are read", PACKED, r"int row = at\[7\];", "int row = 0;", WRONG),
+    Defect("a part without keys is no tile", SPLIT, r"(= max\(.* / parts\)\)), 1\);", r"\1, 0);", "deadlock"),
+    Defect("two parts have the same keys", SPLIT, r"condval = \(\(number \* part\) / parts\)", "condval = 0", WRONG),
+    Defect("rows beyond the last are merged", COMBINE, r"< rows\)", "< rows + 16)", "out of bounds", says="argument 1"),
+    Defect("the last part is not merged", COMBINE, r"p_1 < parts;", "p_1 < parts - 1;", WRONG),
 ]
 
 
 def run(defect_emulator, kernel: str, schedule, check_order: bool = True) -> None:
-    entry = catalogue.entries()[kernel]
-    with emulated(Machine(schedule, multiprocessors=2), {entry: defect_emulator}, check_order):
-        if entry.family == "forward":
-            emulation.check_forward(entry, CASES[kernel])
+    planted = catalogue.entries()[kernel]
+    entry = catalogue.entries()[SPLIT] if kernel == COMBINE else planted
+    case = CASES[str(entry)]
+    with emulated(Machine(schedule, multiprocessors=2), {planted: defect_emulator}, check_order):
+        if entry.family == "backward":
+            emulation.check_backward(entry, case, True)
+        elif entry.tile.form == "packed":
+            # The third sequence has no queries
+            emulation.check_packed(entry, case, spoiled=(2,))
+        elif entry.tile.form == "split":
+            emulation.check_split(entry, case, return_lse=True, parts=3)
         else:
-            emulation.check_backward(entry, CASES[kernel], True)
+            emulation.check_forward(entry, case)
 
 
-@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("kernel", [FORWARD, PACKED, SPLIT, COMBINE, BACKWARD])
 @pytest.mark.parametrize("schedule", ["eager", "lazy", 1])
 def test_the_kernels_without_a_defect_are_right(kernel, schedule):
     run(emulation.emulator(catalogue.entries()[kernel]), kernel, schedule)
@@ -141,16 +175,28 @@ def test_the_kernels_without_a_defect_are_right(kernel, schedule):
 @pytest.mark.parametrize("defect", DEFECTS, ids=str)
 def test_defect_is_caught_and_named(defect):
     planted = emulation.patched(catalogue.entries()[defect.kernel], defect.patch)
-    with pytest.raises(EmulationError) as caught:
+    with pytest.raises(AssertionError if defect.kind == WRONG else EmulationError) as caught:
         run(planted, defect.kernel, defect.schedule)
-    assert caught.value.kind == defect.kind, caught.value
     assert defect.says in str(caught.value)
-    assert "block (" in str(caught.value)
+    if defect.kind != WRONG:
+        assert caught.value.kind == defect.kind, caught.value
+        assert "block (" in str(caught.value)
+
+
+def test_an_offset_that_is_trusted_leads_out_of_the_tensors():
+    """The other side of test_emulation.test_offsets_are_not_trusted."""
+    trusting = Defect("", PACKED, r"return min\(max\(cu\[n\], 0\), rows\);", "return cu[n];", "out of bounds")
+    entry, case = catalogue.entries()[PACKED], PackedCase((100,), (100,), 2, 1, 128)
+    cu_seqlens = torch.tensor([0, 40, 90, 130], dtype=torch.int32)
+    planted, (q, k, v, *_) = emulation.patched(entry, trusting.patch), emulation.packed_truth(case)[0]
+    with emulated(Machine(), {entry: planted}), torch.no_grad(), pytest.raises(EmulationError) as caught:
+        emulation.attend_packed(entry.tile, q, k, v, cu_seqlens, cu_seqlens, case, True)
+    assert caught.value.kind == trusting.kind, caught.value
 
 
 def test_each_kind_has_a_defect():
     """All kinds but those of a program that never was right: a bad tensor map, a call that the host refuses, something unknown."""
-    assert {defect.kind for defect in DEFECTS} == set(KINDS) - {"tma", "host", "unknown"}
+    assert {defect.kind for defect in DEFECTS} - {WRONG} == set(KINDS) - {"tma", "host", "unknown"}
 
 
 def test_a_race_shows_as_a_wrong_value_under_some_seed():
