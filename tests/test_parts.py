@@ -8,10 +8,10 @@ from gqa_autograd.kernels import config
 
 FULL, CAUSAL = (-1, -1), (-1, 0)
 TILES = [tile for tile in config.FORWARD.values() if tile.form == "dense"]
-S_Q = (1, 2, 64, 127, 128, 129, 700, 4096)
-S_KV = (1, 100, 511, 512, 513, 1024, 5000, 65536, 10**6)
-HEADS = (1, 3, 8, 64, 200)
-MULTIPROCESSORS = (1, 2, 78, 132)
+S_Q = (1, 128, 129, 512, 4096)
+S_KV = (1, 511, 513, 1023, 1024, 5000, 10**6)
+HEADS = (1, 3, 64, 200)
+MULTIPROCESSORS = (1, 78, 132)
 WINDOWS = {"full": (FULL,), "causal": (CAUSAL,), "window": ((0, 0), (300, 0), (200, 1000), (4096, 4096), (-1, 5), (5, -1), (10**12, 0))}
 # The least number of key blocks in a part: fewer do not pay for the merging
 SMALLEST = 4
