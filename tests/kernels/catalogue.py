@@ -73,7 +73,8 @@ def axes(entry: Entry) -> dict[str, Any]:
     tile = entry.tile
     found = {"dtype": entry.dtype, "option": entry.option}
     if entry.family == "forward":
-        return found | {"sizes": (tile.D, tile.D_v), "mask": tile.mask, "softcap": tile.softcap, "form": tile.form}
+        sizes = {"sizes": (tile.D, tile.D_v), "block_M": tile.block_M}
+        return found | sizes | {"mask": tile.mask, "softcap": tile.softcap, "form": tile.form}
     return found | {"sizes": (tile.D, tile.D)} | ({"causal": tile.causal} if entry.family == "backward" else {})
 
 

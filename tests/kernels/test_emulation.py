@@ -17,6 +17,8 @@ tilelang = pytest.importorskip("tilelang", reason="no tilelang here: the kernels
 import emulation  # noqa: E402, needs tilelang
 from emulation import Machine, emulated  # noqa: E402
 
+from gqa_autograd.kernels.forward_tiles import GROUPS  # noqa: E402
+
 
 def scattered(N: int, *lengths: int) -> tuple[int, ...]:
     """N lengths: those given as far apart as they can be, the first and the last at the ends, and 0 between them."""
@@ -28,19 +30,19 @@ def scattered(N: int, *lengths: int) -> tuple[int, ...]:
 LENGTHS = ((1, 1), (128, 128), (64, 300), (200, 333), (333, 200), (1, 257), (130, 20), (257, 64))
 # Split: one key block, so that most parts have none, and up to a dozen for the same parts
 SPLIT_LENGTHS = ((1, 1), (1, 1300), (128, 512), (200, 333), (130, 20), (257, 64))
-# Lengths of q and of k and v: around the tile sizes; empty first, last and between; without keys; without sequences; as many as groups
-# (forward_tiles.GROUPS = 256), one more, and several to a group
+# Lengths of q and of k and v: around the tile sizes; empty first, last and between; without keys; without sequences; as many sequences as
+# groups, one more, and several to a group
 PACKINGS = {
     "token": ((1,), (1,)),
     "one": ((300,), (420,)),
-    "around": ((127, 128, 129, 1, 256), (129, 256, 128, 127, 1)),
+    "around": ((127, 128, 129, 193, 256, 1, 192), (129, 256, 128, 127, 1, 191, 193)),
     "empty": ((0, 50, 0, 0, 177, 0), (20, 161, 0, 5, 90, 0)),
     "no-keys": ((40, 131, 70, 9), (0, 200, 0, 0)),
     "no-key-at-all": ((40, 3), (0, 0)),
     "none": ((), ()),
     "five": ((3, 130, 64, 0, 17), (200, 131, 5, 33, 17)),
-    "256": (scattered(256, 3, 130, 2, 1), (7,) * 256),
-    "257": (scattered(257, 1, 129, 2, 40, 5), scattered(257, 150, 1, 2, 41, 7)),
+    "groups": (scattered(GROUPS, 3, 130, 2, 1), (7,) * GROUPS),
+    "groups+1": (scattered(GROUPS + 1, 1, 129, 2, 40, 5), scattered(GROUPS + 1, 150, 1, 2, 41, 7)),
     "300": (tuple(n % 7 // 5 * n % 11 for n in range(300)), tuple(n % 13 for n in range(300))),
     "600": (scattered(600, *range(1, 30), 130, 2), scattered(600, 200, *range(1, 31))),
 }
