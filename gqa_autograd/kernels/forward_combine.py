@@ -1,6 +1,7 @@
 """Merges the parts of a split forward: lse = ln sum_p exp lse_p, out = sum_p exp(lse_p - lse) out_p. A row that no part saw gives 0, -inf.
 
-One pass: a block takes ROWS rows (query and head) and adds up their parts in order, in float32, so the bits never change."""
+One pass: a block takes ROWS rows (query and head) and adds up their parts in order, in float32, so the bits never change. A thread for
+each column: a quarter of them holds a row."""
 
 import tilelang
 import tilelang.language as T
@@ -8,7 +9,6 @@ import tilelang.language as T
 from . import tile
 
 ROWS = 16
-THREADS = 128
 
 
 @tilelang.jit(pass_configs=tile.FAST_MATH, target=tile.TARGET)
@@ -23,7 +23,7 @@ def build(dtype, return_lse, D_v):
         # Without LSE the output is passed again in its place
         LSE: T.Tensor([B, H_q, S_q], "float32") if return_lse else T.Tensor([rows, D_v], dtype),
     ):
-        with T.Kernel(T.ceildiv(rows, ROWS), threads=THREADS) as block:
+        with T.Kernel(T.ceildiv(rows, ROWS), threads=D_v) as block:
             out = T.alloc_fragment([ROWS, D_v], "float32")
             top = T.alloc_fragment([ROWS], "float32")
             total = T.alloc_fragment([ROWS], "float32")
