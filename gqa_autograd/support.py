@@ -74,7 +74,8 @@ def explain(
         q, k, v, options: as for `attention`; grad mode and requires_grad count as they do there.
         cu_seqlens_q, cu_seqlens_k: explain `attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)` instead.
         return_lse: explain `attention_with_lse`, or `attention_varlen_with_lse`, instead.
-    Returns: Explanation, whose str() is one readable line.
+    Returns: Explanation, whose str() is one readable line. form="split" in a tile: the keys of a tile go to several blocks, since the
+        queries alone would not fill the device; asked of tensors on a GPU, since it depends on its size.
     Raises: what the call would raise, with the same message.
     """
     if cu_seqlens_q is None and cu_seqlens_k is None:
@@ -89,6 +90,8 @@ def explain(
     backward = functional.needs_grad(q, k, v)
     operators = ["fwd_lse" if backward or return_lse else "fwd"] + ["bwd"] * backward
     tiles = (ops if prefix == "attention" else ops_varlen).tiles(q, v, settings, backward)
+    if prefix == "attention" and tiles[0] is not None and torch.cuda.is_available():
+        tiles = _as_launched(tiles[0], q, k, settings), tiles[1]
     return Explanation(tuple(f"{prefix}_{name}" for name in operators), REFERENCE if tiles == (None, None) else KERNEL, *tiles)
 
 
@@ -120,9 +123,9 @@ def warmup(
 
     sizes = (D,) if isinstance(D, int) else tuple(D)
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
-    # Any window has the same kernel: one key to the left is as good as any
+    # Any window has the same kernel; this one is wide enough for its keys to be split
     masks: list[dict[str, Any]] = (
-        [{"window": (1, 0)}] if window else [{"causal": c} for c in ((True, False) if causal is None else (causal,))]
+        [{"window": (_LONG, 0)}] if window else [{"causal": c} for c in ((True, False) if causal is None else (causal,))]
     )
     wanted = [
         _Wanted((size, size if D_v is None else D_v), kind, {**mask, "softcap": 1.0 if softcap else 0.0}, varlen, backward)
@@ -135,6 +138,19 @@ def warmup(
         if device is not None:
             _launch(configuration, torch.device(device))
     return build.built()
+
+
+def _as_launched(tile: Any, q: Tensor, k: Tensor, s: ops.Settings) -> Any:
+    """The tile, or the split one where a launch on the device of q takes it."""
+    from .kernels import config, device
+
+    S_q, H_q = q.shape[1:3]
+    parts = config.parts(tile, S_q, k.shape[1], H_q, (s.window_left, s.window_right), device.multiprocessors(q.device))
+    return config.split(tile) if parts > 1 else tile
+
+
+# Keys enough for a call of one query to split them, whatever the tile
+_LONG = 4096
 
 
 class _Wanted(NamedTuple):
@@ -164,11 +180,16 @@ def _tiles(wanted: _Wanted) -> tuple:
 
 def _build(wanted: _Wanted) -> None:
     from .kernels import backward as backward_kernels
+    from .kernels import config
     from .kernels import forward_launch as forward_kernels
 
     forward, backward = _tiles(wanted)
     for return_lse in (False, True):
         forward_kernels.compiled(forward, wanted.dtype, return_lse)
+        if not wanted.varlen:
+            forward_kernels.compiled_merging(forward.D_v, wanted.dtype, return_lse)
+    if not wanted.varlen:
+        forward_kernels.compiled(config.split(forward), wanted.dtype, True)
     if backward is not None:
         backward_kernels.compiled(backward, wanted.dtype, False)
 
@@ -185,5 +206,7 @@ def _launch(wanted: _Wanted, device: torch.device) -> None:
     with torch.no_grad():
         for function in functions:
             function(*arguments, **wanted.options)
+            if not wanted.varlen:
+                function(q, *(t.expand(1, _LONG, 1, -1).contiguous() for t in (k, v)), **wanted.options)
     if wanted.backward:
         functions[0](*arguments, **wanted.options).sum().backward()

@@ -224,4 +224,28 @@ def test_warmup_launches_what_it_builds(varlen, monkeypatch):
     prefix = "attention_varlen" if varlen else "attention"
     with testing.recorded() as bodies:
         gqa_autograd.warmup(64, causal=True, varlen=varlen, backward=False, device="cpu")
-    assert bodies == [f"{prefix}_fwd", f"{prefix}_fwd_lse"]
+    # A dense call also with keys enough to be split
+    assert bodies == [name for name in (f"{prefix}_fwd", f"{prefix}_fwd_lse") for _ in range(1 if varlen else 2)]
+
+
+def test_the_long_call_of_warmup_is_split():
+    for tile in config.FORWARD.values():
+        if tile.form == "dense":
+            window = {"full": (-1, -1), "causal": (-1, 0), "window": (support._LONG, 0)}[tile.mask]
+            assert config.parts(tile, 1, support._LONG, 1, window, 132) > 1
+
+
+def test_warmup_builds_what_a_split_call_needs(monkeypatch):
+    pytest.importorskip("tilelang", reason="no tilelang here: no program to build")
+    from gqa_autograd.kernels import forward_launch
+
+    programs: list = []
+    monkeypatch.setattr(forward_launch, "kernel", programs.append)
+    for function in (forward_launch.compiled, forward_launch.compiled_merging):
+        monkeypatch.setattr(forward_launch, function.__name__, function.__wrapped__)
+    gqa_autograd.warmup(64, causal=True, backward=False)
+    tile = config.FORWARD[64, 64, "causal", False, "dense"]
+    wanted = [forward_launch.program(tile, torch.bfloat16, lse) for lse in (False, True)]
+    wanted += [forward_launch.combine_program(64, torch.bfloat16, lse) for lse in (False, True)]
+    wanted += [forward_launch.program(config.split(tile), torch.bfloat16, True)]
+    assert {(p.name, p.configuration) for p in programs} == {(p.name, p.configuration) for p in wanted}

@@ -87,6 +87,11 @@ def forward(function: str, D: int, D_v: int, window_left: int, window_right: int
     return tile
 
 
+def split(tile: Forward) -> Forward:
+    """The tile of a dense call whose keys are split into parts."""
+    return FORWARD[tile.D, tile.D_v, tile.mask, tile.softcap, "split"]
+
+
 # A part of a split tile has at least so many key blocks: less would not pay for the merging
 _SMALLEST_PART = 4
 

@@ -28,7 +28,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @functools.cache
 def compiled(cfg: Forward, dtype: torch.dtype, return_lse: bool):
-    """The same, built at its first use."""
+    """The kernel of a configuration, built at its first use."""
     return kernel(program(cfg, dtype, return_lse))
 
 
@@ -39,8 +39,14 @@ def executable(cfg: Forward, dtype: torch.dtype, return_lse: bool) -> Callable:
 
 
 @functools.cache
+def compiled_merging(D_v: int, dtype: torch.dtype, return_lse: bool):
+    """What merges the parts of a split one, built at its first use."""
+    return kernel(combine_program(D_v, dtype, return_lse))
+
+
+@functools.cache
 def combine_executable(D_v: int, dtype: torch.dtype, return_lse: bool) -> Callable:
-    return kernel(combine_program(D_v, dtype, return_lse)).adapter.get_exportable_executable()["main"]
+    return compiled_merging(D_v, dtype, return_lse).adapter.get_exportable_executable()["main"]
 
 
 # Writes out [B, S_q, H_q, D_v] and, unless None, lse [B, H_q, S_q], from q, k and v
@@ -76,9 +82,8 @@ def plan(cfg: Forward, q: Tensor, k: Tensor, v: Tensor, return_lse: bool, scale:
     read = _reader((q, k, v), scale)
     if parts == 1:
         return _launch(executable(cfg, q.dtype, return_lse), q.device.index, read, numbers)
-    split = config.FORWARD[cfg.D, cfg.D_v, cfg.mask, cfg.softcap, "split"]
     merge = combine_executable(D_v, q.dtype, return_lse)
-    return _launch_split(executable(split, q.dtype, True), merge, q.device.index, read, numbers)
+    return _launch_split(executable(config.split(cfg), q.dtype, True), merge, q.device.index, read, numbers)
 
 
 def _launch(run: Callable, index: int, read: Callable | None, numbers: _Numbers) -> Launch:
