@@ -206,3 +206,19 @@ def test_flop_counter_of_packed_sequences():
     with FakeTensorMode() as mode, FlopCounterMode(display=False) as fake, torch.no_grad():
         attention_varlen(*(mode.from_tensor(t) for t in (q, k, v, *offsets)), causal=True)
     assert fake.get_total_flops() == 2 * 6 * pairs(18, 14, -1, 0) * (8 + 9)
+
+
+def test_a_sink_is_one_line_over_lse():
+    """As the README has it: a logit per head without a value, against a softmax with one more column, gradients too."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, S, H, 16, dtype=torch.float64, generator=generator, requires_grad=True) for S, H in ((7, 4), (9, 2), (9, 2)))
+    sink = torch.randn(4, dtype=torch.float64, generator=generator, requires_grad=True)
+    out, lse = attention_with_lse(q, k, v, causal=True)
+    ours = out * torch.sigmoid(lse - sink[:, None]).transpose(1, 2).unsqueeze(-1)
+    z = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / 4
+    z = z.masked_fill(torch.ones(7, 9, dtype=torch.bool).triu(3), -torch.inf)
+    p = torch.softmax(torch.cat((z, sink[None, :, None, None].expand(2, 4, 7, 1)), 3), 3)[..., :9]
+    plain = torch.einsum("bhij,bjhd->bihd", p, v.repeat_interleave(2, 2))
+    torch.testing.assert_close(ours, plain)
+    grads = [torch.autograd.grad(result.square().sum(), (q, k, v, sink)) for result in (ours, plain)]
+    torch.testing.assert_close(*grads)
