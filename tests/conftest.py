@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--nightly", action="store_true", help="every kernel, case and schedule in the emulator: half an hour on 2 cores")
+    parser.addoption("--nightly", action="store_true", help="every kernel, case and schedule in the emulator: about two hours on 2 cores")
 
 
 def _hopper() -> bool:
