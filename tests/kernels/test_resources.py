@@ -56,7 +56,8 @@ def test_resources(name, committed):
 def test_the_compiler_in_use_has_rows(committed):
     if not committed:
         pytest.skip(f"no rows for {resources.versions()}: the kernels' numbers were not compared with any")
-    assert set(committed) == set(ENTRIES)
+    # Of another compiler only the daily kernels need rows; test_every_configuration_has_a_row holds all together
+    assert set(committed) >= set(catalogue.representative())
 
 
 @needs_nvcc
