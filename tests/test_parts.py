@@ -76,3 +76,8 @@ def test_a_window_is_counted():
     assert config.parts(tile, 1, 10**6, 1, (4095, 1), 132) == whole
     assert config.parts(tile, 1, 10**6, 1, (-1, 5), 132) == config.parts(tile, 1, 10**6, 1, (5, -1), 132) == 132
     assert config.parts(tile, 1, 10**6, 1, (10, 0), 132) == 1
+
+
+def test_a_call_without_queries_has_an_answer():
+    tile = config.FORWARD[128, 128, "causal", False, "dense"]
+    assert config.parts(tile, 0, 4096, 8, (-1, 0), 132) >= 1

@@ -104,7 +104,8 @@ def parts(tile: Forward, S_q: int, S_kv: int, H_q: int, window: tuple[int, int],
     if S_kv < 2 * S_q:
         return 1
     seen = S_kv if min(window) < 0 else min(S_kv, sum(window) + tile.block_M)
-    tiles = -(-S_q // tile.block_M) * H_q
+    # explain also asks about a call without queries
+    tiles = max(1, -(-S_q // tile.block_M) * H_q)
     return max(1, min(multiprocessors // tiles, seen // (_SMALLEST_PART * tile.block_N)))
 
 
