@@ -66,8 +66,13 @@ def run(operator, *args):
         return operator(*args)
 
 
-def _scale(q: Tensor, s: Settings) -> float:
-    return q.shape[3] ** -0.5 if s.scale is None else s.scale
+def scale_of(q: Tensor, s: Settings) -> float:
+    return q.shape[-1] ** -0.5 if s.scale is None else s.scale
+
+
+def formula(q: Tensor, s: Settings) -> tuple[int, int, float, float]:
+    """The settings as the definitions in `reference` take them."""
+    return s.window_left, s.window_right, scale_of(q, s), s.softcap
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, settings: tuple) -> Settings:
@@ -86,26 +91,26 @@ def _checked_bwd(do, q, k, v, out, lse, dlse, settings: tuple) -> Settings:
 
 
 @functools.cache
-def _config():
+def kernel_config():
     from .kernels import config
 
     return config
 
 
 @functools.cache
-def _forward():
-    from .kernels import forward_launch
+def forward_launch():
+    from .kernels import forward_launch as launch
 
-    return forward_launch
+    return launch
 
 
 def _forward_tile(q: Tensor, v: Tensor, s: Settings):
     """The tile a CUDA call uses; NotImplementedError, also while tracing, if no kernel computes it."""
-    return _config().forward("attention", q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap)
+    return kernel_config().forward("attention", q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap)
 
 
 def _backward_tile(function: str, q: Tensor, v: Tensor, s: Settings):
-    return _config().backward(function, q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap, s.deterministic)
+    return kernel_config().backward(function, q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap, s.deterministic)
 
 
 def tiles(q: Tensor, v: Tensor, s: Settings, backward: bool) -> tuple:
@@ -131,7 +136,7 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, settings: tuple, with_lse: bo
 def _plan(q: Tensor, k: Tensor, v: Tensor, s: Settings, with_lse: bool) -> plans.Plan:
     _checked(q, k, v, s)
     tile = _forward_tile(q, v, s)
-    launch = _forward().plan(tile, q, k, v, with_lse, _scale(q, s), (s.window_left, s.window_right), s.softcap)
+    launch = forward_launch().plan(tile, q, k, v, with_lse, scale_of(q, s), (s.window_left, s.window_right), s.softcap)
 
     def run(q, k, v):
         out = meta.attention_fwd(q, k, v)
@@ -150,9 +155,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, s: Settings, with_lse: bool) -> plans
 @_body(attention_fwd, "CPU")
 def _(q, k, v, *settings):
     s = _checked(q, k, v, settings)
-    return meta.attention_fwd(q, k, v).copy_(
-        reference.attention_fwd_lse(q, k, v, s.window_left, s.window_right, _scale(q, s), s.softcap)[0]
-    )
+    return meta.attention_fwd(q, k, v).copy_(reference.attention_fwd_lse(q, k, v, *formula(q, s))[0])
 
 
 @_body(attention_fwd, "CUDA")
@@ -172,9 +175,7 @@ def _(q, k, v, *settings):
 def _(q, k, v, *settings):
     s = _checked(q, k, v, settings)
     out, lse = meta.attention_fwd_lse(q, k, v)
-    for output, value in zip(
-        (out, lse), reference.attention_fwd_lse(q, k, v, s.window_left, s.window_right, _scale(q, s), s.softcap), strict=True
-    ):
+    for output, value in zip((out, lse), reference.attention_fwd_lse(q, k, v, *formula(q, s)), strict=True):
         output.copy_(value)
     return out, lse
 
@@ -198,7 +199,7 @@ def _(do, q, k, v, out, lse, dlse, *settings):
     dq, dk, dv = meta.attention_bwd(q, k, v)
     for output, value in zip(
         (dq, dk, dv),
-        reference.attention_bwd(do, q, k, v, out, lse, dlse, s.window_left, s.window_right, _scale(q, s), s.softcap),
+        reference.attention_bwd(do, q, k, v, out, lse, dlse, *formula(q, s)),
         strict=True,
     ):
         output.copy_(value)
@@ -212,7 +213,7 @@ def _cuda_backward(do, q, k, v, out, lse, dlse, *settings):
     s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
     tile = _backward_tile("attention_bwd", q, v, s)
     dq, dk, dv = meta.attention_bwd(q, k, v)
-    backward.launch(tile, do, q, k, v, out, lse, dlse, dq, dk, dv, _scale(q, s))
+    backward.launch(tile, do, q, k, v, out, lse, dlse, dq, dk, dv, scale_of(q, s))
     return dq, dk, dv
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
 from . import checks, flops, meta, ops
-from .ops import LIBRARY, SETTINGS, Settings, run
+from .ops import LIBRARY, SETTINGS, Settings, formula, forward_launch, kernel_config, run, scale_of
 from .reference import varlen as reference
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
@@ -45,45 +45,23 @@ def _checked_bwd(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, settin
     return checked
 
 
-def _scale(q: Tensor, s: Settings) -> float:
-    return q.shape[2] ** -0.5 if s.scale is None else s.scale
-
-
-def _formula(q: Tensor, s: Settings) -> tuple[int, int, float, float]:
-    return s.window_left, s.window_right, _scale(q, s), s.softcap
-
-
-@functools.cache
-def _config():
-    from .kernels import config
-
-    return config
-
-
-@functools.cache
-def _forward():
-    from .kernels import forward_launch
-
-    return forward_launch
-
-
 def _cuda_forward(q: Tensor, v: Tensor, s: Settings):
     """The tile a CUDA call uses; NotImplementedError, also while tracing, if no kernel computes it."""
-    return _config().forward("attention_varlen", q.shape[2], v.shape[2], s.window_left, s.window_right, s.softcap, packed=True)
+    return kernel_config().forward("attention_varlen", q.shape[2], v.shape[2], s.window_left, s.window_right, s.softcap, packed=True)
 
 
 def tiles(q: Tensor, v: Tensor, s: Settings, backward: bool) -> tuple:
     """As ops.tiles: called before a forward that will be differentiated, it refuses there what the backward can't do."""
     if q.device.type != "cuda":
         return None, None
-    return _cuda_forward(q, v, s), _config().backward_packed("attention_varlen") if backward else None
+    return _cuda_forward(q, v, s), kernel_config().backward_packed("attention_varlen") if backward else None
 
 
 # --- bodies: on a CPU, on CUDA, and the fake of each operator ---
 def _fwd_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings):
     s = _checked("attention_varlen", q, k, v, cu_seqlens_q, cu_seqlens_k, settings)
     out = meta.attention_varlen_fwd(q, k, v)
-    reference.attention_varlen_fwd(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), out, None, *_formula(q, s))
+    reference.attention_varlen_fwd(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), out, None, *formula(q, s))
     return out
 
 
@@ -92,7 +70,7 @@ def _fwd_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings):
     tile = _cuda_forward(q, v, s)
     out = meta.attention_varlen_fwd(q, k, v)
     sides = (s.window_left, s.window_right)
-    _forward().launch_varlen(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, out, None, _scale(q, s), sides, s.softcap)
+    forward_launch().launch_varlen(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, out, None, scale_of(q, s), sides, s.softcap)
     return out
 
 
@@ -105,7 +83,7 @@ def _fwd_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings):
 def _fwd_lse_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings):
     s = _checked("attention_varlen", q, k, v, cu_seqlens_q, cu_seqlens_k, settings)
     out, lse = meta.attention_varlen_fwd_lse(q, k, v)
-    reference.attention_varlen_fwd(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), out, lse, *_formula(q, s))
+    reference.attention_varlen_fwd(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), out, lse, *formula(q, s))
     return out, lse
 
 
@@ -114,7 +92,7 @@ def _fwd_lse_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings):
     tile = _cuda_forward(q, v, s)
     out, lse = meta.attention_varlen_fwd_lse(q, k, v)
     sides = (s.window_left, s.window_right)
-    _forward().launch_varlen(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, _scale(q, s), sides, s.softcap)
+    forward_launch().launch_varlen(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale_of(q, s), sides, s.softcap)
     return out, lse
 
 
@@ -128,19 +106,19 @@ def _bwd_cpu(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *settings)
     s = _checked_bwd(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, settings)
     gradients = meta.attention_varlen_bwd(q, k, v)
     offsets = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    reference.attention_varlen_bwd(do, q, k, v, out, lse, dlse, *offsets, gradients, *_formula(q, s))
+    reference.attention_varlen_bwd(do, q, k, v, out, lse, dlse, *offsets, gradients, *formula(q, s))
     return gradients
 
 
 def _bwd_cuda(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *settings):
     _checked_bwd(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, settings)
-    _config().backward_packed("attention_varlen_bwd")
+    kernel_config().backward_packed("attention_varlen_bwd")
 
 
 def _bwd_fake(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *settings):
     _checked_bwd(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, settings)
     if q.device.type == "cuda":
-        _config().backward_packed("attention_varlen_bwd")
+        kernel_config().backward_packed("attention_varlen_bwd")
     return meta.attention_varlen_bwd(q, k, v)
 
 

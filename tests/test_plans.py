@@ -47,7 +47,7 @@ class Device:
 def device(monkeypatch):
     """The CUDA bodies in place of the CPU's."""
     found = Device()
-    monkeypatch.setattr(ops, "_forward", lambda: SimpleNamespace(plan=found.plan))
+    monkeypatch.setattr(ops, "forward_launch", lambda: SimpleNamespace(plan=found.plan))
     plans._plans.clear()
     library = Library("gqa_autograd", "IMPL")
     for name, with_lse in (("attention_fwd", False), ("attention_fwd_lse", True)):
