@@ -17,10 +17,9 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from . import forward_output, forward_tiles, tile
-from .forward_output import outputs, panels
+from .forward_output import ROWS, outputs, panels
 from .forward_tiles import BATCH, COUNT, FIELDS, HEAD, KV_START, LOW, Q_START, ROW0, S_KV, S_Q, Place, end_block
 
-ROWS = 64
 # Registers a thread of the producer and of a consumer, by the number of consumer warpgroups: together what a block is launched with
 REGISTERS = {2: (24, 240), 3: (32, 160)}
 # Named barriers: from TURN on they order the warpgroups at the tensor cores, two of them at each; CLEARED is all consumers'

@@ -7,6 +7,7 @@ import tilelang.language as T
 from . import tile
 from .forward_tiles import BATCH, HEAD, PART, Q_START, S_Q
 
+# Of a warpgroup
 ROWS = 64
 # Named barriers from here on guard each warpgroup's staging
 STAGED = 4
