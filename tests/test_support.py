@@ -249,3 +249,17 @@ def test_warmup_builds_what_a_split_call_needs(monkeypatch):
     wanted += [forward_launch.combine_program(64, torch.bfloat16, lse) for lse in (False, True)]
     wanted += [forward_launch.program(config.split(tile), torch.bfloat16, True)]
     assert {(p.name, p.configuration) for p in programs} == {(p.name, p.configuration) for p in wanted}
+
+
+@pytest.mark.parametrize(("S_q", "form"), [(16, "split"), (4096, "dense")])
+def test_explain_shows_a_split(S_q, form, monkeypatch):
+    """As beside a GPU of 132 multiprocessors."""
+    from gqa_autograd.kernels import device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "multiprocessors", lambda device: 132)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, S, H, 128, dtype=torch.bfloat16, device="cuda") for S, H in ((S_q, 8), (8192, 1), (8192, 1)))
+        said = gqa_autograd.explain(q, k, v, causal=True)
+    assert said.forward_tile == config.FORWARD[128, 128, "causal", False, form]
+    assert f"form='{form}'" in str(said)
