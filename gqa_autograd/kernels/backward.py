@@ -1,89 +1,89 @@
-"""Dense GQA backward: with P = exp(S - LSE), delta = rowsum(dO O) - dLSE and dS = P (dO V^T - delta)
+"""GQA backward for head sizes up to 128: with P = exp(S - LSE), delta = rowsum(dO O) - dLSE and dS = P (dO V^T - delta)
 
     dQ = scale dS K,    dK = scale sum over the group of dS^T Q,    dV = sum over the group of P^T dO
 
-arXiv:2307.08691 algorithm 2. Three kernels: `build_preprocess` makes delta and the LSE in units of log 2 and clears the float32 dQ; `build`
-computes; `build_postprocess` scales and casts dQ. A thread block of `build` owns block_N keys of one KV head. Its producer warp passes the
-queries of every head of the group by, so dK and dV stay in registers and need no atomics. Two consumer warpgroups own 64 keys each and
-compute S^T and dP^T, so that P^T and dS^T are register operands of the products for dV and dK. dQ is the product over all keys of the
-block: dS goes through shared memory, each warpgroup takes half of D, and a warp of its own adds the result to global memory by TMA."""
+and dS (1 - tanh^2) for dS under a softcap; arXiv:2307.08691 algorithm 2. backward_prepost.py has what runs before and after.
 
-import functools
+A thread block owns block_N keys of one KV head. Its producer warp passes the queries of every head of the group by, so dK and dV stay in
+registers and need no atomics. Two consumer warpgroups own 64 keys each and compute S^T and dP^T, so that P^T and dS^T are register operands
+of the products for dV and dK. dQ is the product over all keys of the block: dS goes through shared memory, each warpgroup takes half of
+dQ, and two further warps in turns add it to the workspace by TMA, in the order that backward_tiles.py tells."""
+
 from types import SimpleNamespace
 
 import tilelang
 import tilelang.language as T
-import torch
 from tilelang.layout import make_linear_layout, make_swizzled_layout
-from torch import Tensor
 
-from . import device, tile
-from .backward_prepost import LINE, build_postprocess, build_preprocess, dq_place
-from .build import Program, kernel
-from .config import Backward
+from . import backward_tiles, tile
+from .backward_output import PRELUDE as OUTPUT
+from .backward_output import ROWS, store
+from .forward_output import PACKED, panels
+from .backward_prepost import LINE, dq_parts, dq_place
+from .backward_tiles import BATCH, END, FIELDS, HIGH, KEY_BLOCK, KV_HEAD, KV_START, LOW, Q_START, S_Q
 
-ROWS = 64
 CONSUMERS = 256
 THREADS = 384
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
-# Named barrier of the consumers around dS; 1 and 2 belong to TileLang's reductions
-EXCHANGE = 4
+# Named barriers: of all threads at the start, and of the consumers around dS; 1 and 2 belong to TileLang's reductions
+START, EXCHANGE = 3, 4
 
 
 @tilelang.jit(pass_configs=tile.OWN_BARRIERS, target=tile.TARGET)
-def build(dtype, D, causal, block_M, block_N, stages):
-    B, S_q, S_kv, H_q, H_kv, S_pad, lines = (T.dynamic(name) for name in ("B", "S_q", "S_kv", "H_q", "H_kv", "S_pad", "lines"))
+def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
+    names = ("B", "rows_q", "rows_kv", "H_q", "H_kv", "B_out", "turns", "tiles", "entries")
+    B, rows_q, rows_kv, H_q, H_kv, B_out, turns, tiles, entries = (T.dynamic(name) for name in names)
     # A stride can pass 2^31 elements; a length can't
     strides = {t: (*(T.dynamic(f"{t}_stride_{d}", "int64") for d in "bsh"), 1) for t in ("Q", "K", "V", "dO", "dK", "dV")}
-    half = D // 2
-    half_lines = block_M * half // LINE
+    packed, lines, parts_of_dq = form == "packed", block_M * D // LINE, dq_parts(block_M, D)
 
     @T.macro
-    def query_block(w, turn, m, masked, smem, bars, frags, scale_log2, n0):
-        """All five products for the queries of block m and this warpgroup's 64 keys."""
+    def probabilities(w, stage, m, masked, at, where, smem, frags, call):
+        """S becomes what dP - delta must be multiplied with, P_16 the probabilities."""
+        if softcap:
+            tile.softcap(frags, ROWS, block_M, 2 * tile.LOG2E * call.scale / call.cap)
+        scale_log2 = (call.cap if softcap else call.scale) * tile.LOG2E
+        for i, j in T.Parallel(ROWS, block_M):
+            frags.P[i, j] = T.exp2(frags.S[i, j] * scale_log2 - smem.lse[stage, j])
+        if masked:
+            key = at[KEY_BLOCK] * block_N + w * ROWS
+            tile.mask_transposed(frags, ROWS, block_M, mask, key, m * block_M, *where.lengths(at), call.left, call.right)
+        T.copy(frags.P, frags.P_16)
+        if softcap:
+            for i, j in T.Parallel(ROWS, block_M):
+                frags.P[i, j] *= 1.0 - frags.S[i, j] * frags.S[i, j]
+
+    @T.macro
+    def step(w, turn, m, masked, at, where, smem, bars, frags, call):
+        """All five products for one query block of one head and this warpgroup's 64 keys."""
         stage = turn % stages
         phase = (turn // stages) % 2
         T.mbarrier_wait_parity(bars.q_full[stage], phase)
+        if packed:
+            if (m + 1) * block_M > at[S_Q]:
+                clear_queries(stage, phase, at[S_Q] - m * block_M, smem, bars)
         T.wgmma_gemm(
-            smem.K_smem[w * ROWS : (w + 1) * ROWS, :],
-            smem.Q_smem[stage, :, :],
-            frags.S,
-            transpose_B=True,
-            policy=tile.FULL_ROW,
-            clear_accum=True,
+            smem.K[w * ROWS : (w + 1) * ROWS, :], smem.Q[stage, :, :], frags.S, transpose_B=True, policy=tile.FULL_ROW, clear_accum=True
         )
         T.mbarrier_wait_parity(bars.do_full[stage], phase)
         T.wgmma_gemm(
-            smem.V_smem[w * ROWS : (w + 1) * ROWS, :],
-            smem.dO_smem[stage, :, :],
-            frags.dP,
-            transpose_B=True,
-            policy=tile.FULL_ROW,
-            clear_accum=True,
+            smem.V[w * ROWS : (w + 1) * ROWS, :], smem.dO[stage, :, :], frags.dP, transpose_B=True, policy=tile.FULL_ROW, clear_accum=True
         )
         T.wait_wgmma(1)
-        for i, j in T.Parallel(ROWS, block_M):
-            frags.P[i, j] = T.exp2(frags.S[i, j] * scale_log2 - smem.lse_smem[stage, j])
-        if masked:
-            # Select after exp2: a condition around it would become a branch per element
-            for i, j in T.Parallel(ROWS, block_M):
-                if causal:
-                    frags.P[i, j] = T.if_then_else(n0 + w * ROWS + i <= m * block_M + j + S_kv - S_q, frags.P[i, j], 0.0)
-                else:
-                    frags.P[i, j] = T.if_then_else(n0 + w * ROWS + i < S_kv, frags.P[i, j], 0.0)
-        T.copy(frags.P, frags.P_16)
+        probabilities(w, stage, m, masked, at, where, smem, frags, call)
         T.wait_wgmma(0)
         for i, j in T.Parallel(ROWS, block_M):
-            frags.dP[i, j] = frags.P[i, j] * (frags.dP[i, j] - smem.delta_smem[stage, j])
-        T.copy(frags.dP, frags.dS_16)
-        T.wgmma_gemm(frags.P_16, smem.dO_smem[stage, :, :], frags.dV, policy=tile.FULL_ROW)
+            frags.dP[i, j] = frags.P[i, j] * (frags.dP[i, j] - smem.delta[stage, j])
+        T.copy(frags.dP, frags.dS)
+        T.wgmma_gemm(frags.P_16, smem.dO[stage, :, :], frags.dV, policy=tile.FULL_ROW)
         # Two dS buffers: this barrier also says that everyone's dQ product of two turns ago is done
-        T.copy(frags.dS_16, smem.dS_smem[turn % 2, w * ROWS : (w + 1) * ROWS, :])
+        T.copy(frags.dS, smem.dS[turn % 2, w * ROWS : (w + 1) * ROWS, :])
         T.fence_proxy_async()
         T.sync_threads(EXCHANGE, CONSUMERS)
+        (row, rows), (column, columns) = parts_of_dq[w]
         T.wgmma_gemm(
-            smem.dS_smem[turn % 2, :, :],
-            smem.K_smem[:, w * half : (w + 1) * half],
+            smem.dS[turn % 2, :, row : row + rows],
+            smem.K[:, column : column + columns],
             frags.dQ,
             transpose_A=True,
             policy=tile.FULL_ROW,
@@ -92,240 +92,236 @@ def build(dtype, D, causal, block_M, block_N, stages):
         T.wait_wgmma(1)
         if T.shuffle_elect(128):
             T.mbarrier_arrive(bars.do_empty[stage])
-        T.wgmma_gemm(frags.dS_16, smem.Q_smem[stage, :, :], frags.dK, policy=tile.FULL_ROW)
+        T.wgmma_gemm(frags.dS, smem.Q[stage, :, :], frags.dK, policy=tile.FULL_ROW)
         T.wait_wgmma(1)
-        T.mbarrier_wait_parity(bars.dq_empty[w], (turn % 2) ^ 1)
-        for i, j in T.Parallel(block_M, half):
-            line, column = dq_place(i, j, half)
-            smem.dQ_smem[w, line, column] = frags.dQ[i, j]
+        # Of the turn before; at the first turn a phase that never was counts as done
+        T.mbarrier_wait_parity(bars.dq_empty[(turn + 1) % 2], ((turn + 1) // 2 + 1) % 2)
+        for i, j in T.Parallel(rows, columns):
+            line, place = dq_place(i, j, columns)
+            smem.dQ[(row * D + column * block_M) // LINE + line, place] = frags.dQ[i, j]
         T.fence_proxy_async()
-        T.mbarrier_arrive(bars.dq_full[w])
+        T.mbarrier_arrive(bars.dq_full[turn % 2])
         T.wait_wgmma(0)
         if T.shuffle_elect(128):
             T.mbarrier_arrive(bars.q_empty[stage])
 
     @T.macro
-    def consumer(w, smem, bars, n0, first, count, scale):
+    def clear_queries(stage, phase, rows, smem, bars):
+        """Zeroes what lies behind the first `rows` queries: other sequences' rows, where 0 times NaN would be NaN."""
+        T.mbarrier_wait_parity(bars.do_full[stage], phase)
+        thread = T.get_thread_binding() - 128
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.Q[stage, 0, 0]), thread, CONSUMERS, rows, block_M, *panels(D))
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.dO[stage, 0, 0]), thread, CONSUMERS, rows, block_M, *panels(D_v))
+        T.fence_proxy_async()
+        T.sync_threads(EXCHANGE, CONSUMERS)
+
+    @T.macro
+    def clear_keys(rows, smem):
+        """The same behind the first `rows` keys."""
+        thread = T.get_thread_binding() - 128
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.K[0, 0]), thread, CONSUMERS, rows, block_N, *panels(D))
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.V[0, 0]), thread, CONSUMERS, rows, block_N, *panels(D_v))
+        T.fence_proxy_async()
+        T.sync_threads(EXCHANGE, CONSUMERS)
+
+    @T.macro
+    def consumer(w, at, where, smem, bars, dK_out, dV_out, call):
         T.set_max_nreg(CONSUMER_REGISTERS, 1)
         S = T.alloc_fragment([ROWS, block_M], "float32")
         P = T.alloc_fragment([ROWS, block_M], "float32")
         P_16 = T.alloc_fragment([ROWS, block_M], dtype)
         dP = T.alloc_fragment([ROWS, block_M], "float32")
-        dS_16 = T.alloc_fragment([ROWS, block_M], dtype)
-        dV = T.alloc_fragment([ROWS, D], "float32")
+        dS = T.alloc_fragment([ROWS, block_M], dtype)
+        dV = T.alloc_fragment([ROWS, D_v], "float32")
         dK = T.alloc_fragment([ROWS, D], "float32")
-        dQ = T.alloc_fragment([block_M, half], "float32")
-        frags = SimpleNamespace(S=S, P=P, P_16=P_16, dP=dP, dS_16=dS_16, dV=dV, dK=dK, dQ=dQ)
-        scale_log2 = scale * tile.LOG2E
+        dQ = T.alloc_fragment([parts_of_dq[w][0][1], parts_of_dq[w][1][1]], "float32")
+        low = T.alloc_fragment([ROWS], "int32")
+        high = T.alloc_fragment([ROWS], "int32")
+        frags = SimpleNamespace(S=S, P=P, P_16=P_16, dP=dP, dS=dS, dV=dV, dK=dK, dQ=dQ, low=low, high=high)
+        begin = T.alloc_var("int32")
+        stop = T.alloc_var("int32")
+        plain = T.alloc_var("int32")
+        edge = T.alloc_var("int32")
+        group = T.alloc_var("int32")
+        begin = at[LOW]
+        stop = at[HIGH]
+        group = T.truncdiv(H_q, H_kv)
+        queries, keys = where.lengths(at)
+        n0 = at[KEY_BLOCK] * block_N
         T.fill(dV, 0)
         T.fill(dK, 0)
         T.mbarrier_wait_parity(bars.k_full, 0)
         T.mbarrier_wait_parity(bars.v_full, 0)
-        if causal:
-            masked = T.min(count, T.max(T.ceildiv(n0 + block_N - 1 - (S_kv - S_q), block_M) - first, 0))
-        else:
-            masked = T.if_then_else(n0 + block_N > S_kv, count, 0)
-        for g in T.serial(T.truncdiv(H_q, H_kv)):
-            for m in T.serial(masked):
-                query_block(w, g * count + m, first + m, True, smem, bars, frags, scale_log2, n0)
-            for m in T.serial(masked, count):
-                query_block(w, g * count + m, first + m, False, smem, bars, frags, scale_log2, n0)
+        if packed:
+            if n0 + block_N > keys:
+                clear_keys(keys - n0, smem)
+        # From step `plain` on, as long as `edge` is not reached, every query sees every key of the block
+        plain = begin
+        edge = stop
+        if mask == "window":
+            plain = (at[END] - T.floordiv(n0 + queries - keys + call.left + 1, block_M)) * group
+            plain = T.min(T.max(plain, begin), stop)
+        if mask != "full":
+            edge = (at[END] - T.ceildiv(n0 + block_N - 1 + queries - keys - call.right, block_M)) * group
+            edge = T.max(T.min(edge, stop), plain)
+        if mask != "causal":
+            edge = T.if_then_else(n0 + block_N > keys, plain, edge)
+        if mask == "window":
+            for u in T.serial(begin, plain):
+                step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
+        for u in T.serial(plain, edge):
+            step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), False, at, where, smem, bars, frags, call)
+        for u in T.serial(edge, stop):
+            step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
         for i, j in T.Parallel(ROWS, D):
-            dK[i, j] *= scale
-        # K and V are read no more: their buffers take dK and dV on the way out
-        T.sync_threads(EXCHANGE, CONSUMERS)
-        T.copy(dV, smem.V_smem[w * ROWS : (w + 1) * ROWS, :])
-        T.copy(dK, smem.K_smem[w * ROWS : (w + 1) * ROWS, :])
-        T.fence_proxy_async()
-        T.sync_threads(EXCHANGE, CONSUMERS)
+            dK[i, j] *= call.scale
+        store(form, w, block_N, at, call, frags, smem, dK_out, dV_out, (strides["dK"][1], strides["dV"][1]), (D, D_v), EXCHANGE, CONSUMERS)
 
     @T.macro
-    def producer(Q, K, V, dO, LSE, DELTA, smem, bars, batch, kv_head, n0, first, count):
+    def producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars):
+        batch, kv_head = at[BATCH], at[KV_HEAD]
+        key = at[KEY_BLOCK] * block_N + (at[KV_START] if packed else 0)
+        group = T.alloc_var("int32")
+        steps = T.alloc_var("int32")
+        m = T.alloc_var("int32")
+        head = T.alloc_var("int32")
+        row = T.alloc_var("int32")
+        place = T.alloc_var("int32")
         group = T.truncdiv(H_q, H_kv)
-        T.tma_copy(K[batch, n0 : n0 + block_N, kv_head, :], smem.K_smem, barrier=bars.k_full)
+        steps = at[HIGH] - at[LOW]
+        T.tma_copy(K[batch, key : key + block_N, kv_head, :], smem.K, barrier=bars.k_full)
         T.mbarrier_arrive(bars.k_full)
-        for g in T.serial(group):
-            for m in T.unroll(0, count, unroll_factor=1):
-                turn = g * count + m
-                row = (first + m) * block_M
-                head = kv_head * group + g
-                stage = turn % stages
-                phase = (turn // stages) % 2
-                T.mbarrier_wait_parity(bars.q_empty[stage], phase ^ 1)
-                T.tma_copy(Q[batch, row : row + block_M, head, :], smem.Q_smem[stage, :, :], barrier=bars.q_full[stage])
-                T.tma_copy(LSE[batch, head, row : row + block_M], smem.lse_smem[stage, :], barrier=bars.q_full[stage])
-                T.mbarrier_arrive(bars.q_full[stage])
-                # V is needed after the first Q: it waits until that is under way
-                if turn == 0:
-                    T.tma_copy(V[batch, n0 : n0 + block_N, kv_head, :], smem.V_smem, barrier=bars.v_full)
-                    T.mbarrier_arrive(bars.v_full)
-                T.mbarrier_wait_parity(bars.do_empty[stage], phase ^ 1)
-                T.tma_copy(dO[batch, row : row + block_M, head, :], smem.dO_smem[stage, :, :], barrier=bars.do_full[stage])
-                T.tma_copy(DELTA[batch, head, row : row + block_M], smem.delta_smem[stage, :], barrier=bars.do_full[stage])
-                T.mbarrier_arrive(bars.do_full[stage])
-        if count == 0:
-            T.tma_copy(V[batch, n0 : n0 + block_N, kv_head, :], smem.V_smem, barrier=bars.v_full)
+        for turn in T.unroll(0, steps, unroll_factor=1):
+            m = at[END] - 1 - T.truncdiv(at[LOW] + turn, group)
+            head = kv_head * group + T.truncmod(at[LOW] + turn, group)
+            row = m * block_M + (at[Q_START] if packed else 0)
+            place = where.tile(at, head, m)
+            stage = turn % stages
+            phase = (turn // stages) % 2
+            T.mbarrier_wait_parity(bars.q_empty[stage], phase ^ 1)
+            T.tma_copy(Q[batch, row : row + block_M, head, :], smem.Q[stage, :, :], barrier=bars.q_full[stage])
+            T.tma_copy(LSE2[place, :], smem.lse[stage, :], barrier=bars.q_full[stage])
+            T.mbarrier_arrive(bars.q_full[stage])
+            # V is needed after the first Q: it waits until that is under way
+            if turn == 0:
+                T.tma_copy(V[batch, key : key + block_N, kv_head, :], smem.V, barrier=bars.v_full)
+                T.mbarrier_arrive(bars.v_full)
+            T.mbarrier_wait_parity(bars.do_empty[stage], phase ^ 1)
+            T.tma_copy(dO[batch, row : row + block_M, head, :], smem.dO[stage, :, :], barrier=bars.do_full[stage])
+            T.tma_copy(DELTA[place, :], smem.delta[stage, :], barrier=bars.do_full[stage])
+            T.mbarrier_arrive(bars.do_full[stage])
+        if steps == 0:
+            T.tma_copy(V[batch, key : key + block_N, kv_head, :], smem.V, barrier=bars.v_full)
             T.mbarrier_arrive(bars.v_full)
 
     @T.macro
-    def dq_adder(w, dQ_sum, smem, bars, batch, kv_head, first, count):
+    def adder(w, dQ_sum, TURN, at, where, smem, bars):
+        """Every second step's dQ: so that one sum's way to memory, about as long as a step, runs beside the other's."""
+        group = T.alloc_var("int32")
+        m = T.alloc_var("int32")
+        place = T.alloc_var("int32")
+        rank = T.alloc_var("int32")
         group = T.truncdiv(H_q, H_kv)
-        for g in T.serial(group):
-            for m in T.unroll(0, count, unroll_factor=1):
-                turn = g * count + m
-                line = ((first + m) * 2 + w) * half_lines
-                T.mbarrier_wait_parity(bars.dq_full[w], turn % 2)
-                T.atomic_add(dQ_sum[batch, kv_head * group + g, line : line + half_lines, :], smem.dQ_smem[w, :, :], use_tma=True)
-                T.mbarrier_arrive(bars.dq_empty[w])
+        for t in T.unroll(0, T.truncdiv(at[HIGH] - at[LOW] + 1 - w, 2), unroll_factor=1):
+            m = at[END] - 1 - T.truncdiv(at[LOW] + 2 * t + w, group)
+            place = where.tile(at, at[KV_HEAD] * group + T.truncmod(at[LOW] + 2 * t + w, group), m)
+            rank = where.rank(at, m)
+            T.call_extern("handle", "gqa::await_turn", T.address_of(TURN[place + 1]), rank)
+            T.mbarrier_wait_parity(bars.dq_full[w], t % 2)
+            # The first sets it, so nobody clears the workspace
+            if rank == 0:
+                T.tma_copy(smem.dQ, dQ_sum[place, :, :])
+                T.tma_store_wait(0)
+            else:
+                T.atomic_add(dQ_sum[place, :, :], smem.dQ, use_tma=True)
+            T.mbarrier_arrive(bars.dq_empty[w])
+            T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
 
-    @T.prim_func
-    def attention_bwd(
-        Q: T.StridedTensor([B, S_q, H_q, D], strides["Q"], dtype),
-        K: T.StridedTensor([B, S_kv, H_kv, D], strides["K"], dtype),
-        V: T.StridedTensor([B, S_kv, H_kv, D], strides["V"], dtype),
-        dO: T.StridedTensor([B, S_q, H_q, D], strides["dO"], dtype),
-        LSE: T.Tensor([B, H_q, S_pad], "float32"),
-        DELTA: T.Tensor([B, H_q, S_pad], "float32"),
-        dQ_sum: T.Tensor([B, H_q, lines, LINE], "float32"),
-        dK: T.StridedTensor([B, S_kv, H_kv, D], strides["dK"], dtype),
-        dV: T.StridedTensor([B, S_kv, H_kv, D], strides["dV"], dtype),
-        scale: T.float32,
-        width: T.int32,
-    ):
-        # Longest first: in a group of `width` (batch, KV head) the key block is the slow index. `width` divides B H_kv
-        with T.Kernel(width, T.ceildiv(S_kv, block_N), T.truncdiv(H_kv * B, width), threads=THREADS) as (i_h, i_n, i_g):
+    @T.macro
+    def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, parts, width):
+        prelude = tile.PRELUDE + backward_tiles.PRELUDE + OUTPUT + (PACKED if packed else "")
+        blocks = H_kv * B * key_blocks * parts
+        with T.Kernel(blocks, threads=THREADS, prelude=prelude):
             K_smem = T.alloc_shared([block_N, D], dtype)
-            V_smem = T.alloc_shared([block_N, D], dtype)
+            V_smem = T.alloc_shared([block_N, D_v], dtype)
             Q_smem = T.alloc_shared([stages, block_M, D], dtype)
-            dO_smem = T.alloc_shared([stages, block_M, D], dtype)
+            dO_smem = T.alloc_shared([stages, block_M, D_v], dtype)
             dS_smem = T.alloc_shared([2, block_N, block_M], dtype)
-            dQ_smem = T.alloc_shared([2, half_lines, LINE], "float32")
+            dQ_smem = T.alloc_shared([lines, LINE], "float32")
             lse_smem = T.alloc_shared([stages, block_M], "float32")
             delta_smem = T.alloc_shared([stages, block_M], "float32")
+            at = T.alloc_shared([FIELDS], "int32")
             T.annotate_layout({b: make_swizzled_layout(b) for b in (K_smem, V_smem, Q_smem, dO_smem, dS_smem)})
             T.annotate_layout({dQ_smem: make_linear_layout(dQ_smem)})
-            smem = SimpleNamespace(
-                K_smem=K_smem,
-                V_smem=V_smem,
-                Q_smem=Q_smem,
-                dO_smem=dO_smem,
-                dS_smem=dS_smem,
-                dQ_smem=dQ_smem,
-                lse_smem=lse_smem,
-                delta_smem=delta_smem,
-            )
+            smem = SimpleNamespace(K=K_smem, V=V_smem, Q=Q_smem, dO=dO_smem, dS=dS_smem, dQ=dQ_smem, lse=lse_smem, delta=delta_smem)
+            # Assigned one by one: the generated code takes their names from here
             k_full = T.alloc_barrier(1)
             v_full = T.alloc_barrier(1)
             q_full = T.alloc_barrier([1] * stages)
             q_empty = T.alloc_barrier([2] * stages)
             do_full = T.alloc_barrier([1] * stages)
             do_empty = T.alloc_barrier([2] * stages)
-            dq_full = T.alloc_barrier([128] * 2)
+            dq_full = T.alloc_barrier([CONSUMERS] * 2)
             dq_empty = T.alloc_barrier([1] * 2)
-            bars = SimpleNamespace(
-                k_full=k_full,
-                v_full=v_full,
-                q_full=q_full,
-                q_empty=q_empty,
-                do_full=do_full,
-                do_empty=do_empty,
-                dq_full=dq_full,
-                dq_empty=dq_empty,
-            )
-            # Variables and not expressions: TileLang inlines an expression at each use, and the producer has 24 registers
-            batch = T.alloc_var("int32")
-            kv_head = T.alloc_var("int32")
-            first = T.alloc_var("int32")
-            count = T.alloc_var("int32")
-            n0 = i_n * block_N
-            batch = T.truncdiv(i_g * width + i_h, H_kv)
-            kv_head = i_g * width + i_h - batch * H_kv
-            first = T.max(T.floordiv(n0 - (S_kv - S_q), block_M), 0) if causal else 0
-            count = T.max(T.ceildiv(S_q, block_M) - first, 0)
+            rings = {"q_full": q_full, "q_empty": q_empty, "do_full": do_full, "do_empty": do_empty}
+            bars = SimpleNamespace(k_full=k_full, v_full=v_full, dq_full=dq_full, dq_empty=dq_empty, **rings)
+            sizes = {"B": B, "H_q": H_q, "H_kv": H_kv, "rows_q": rows_q, "rows_kv": rows_kv, "columns": B * H_kv}
+            numbers = {"scale": scale, "cap": cap, "left": left, "right": right}
+            order = {"head_tiles": head_tiles, "key_blocks": key_blocks, "parts": parts, "width": width}
+            call = SimpleNamespace(**sizes, **numbers, **order)
+            where = backward_tiles.schedule(form, mask, block_M, block_N, call)
             thread = T.get_thread_binding()
+            if thread == 0:
+                order = T.alloc_var("int32")
+                order = T.call_extern("int32", "gqa::ticket", T.address_of(TURN[0]))
+                where.settle(at, order, TABLE)
+            T.sync_threads(START, THREADS)
             if thread < 128:
                 T.set_max_nreg(PRODUCER_REGISTERS, 0)
                 if thread < 32:
                     if T.shuffle_elect(32):
-                        producer(Q, K, V, dO, LSE, DELTA, smem, bars, batch, kv_head, n0, first, count)
+                        producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars)
                 elif thread < 64:
                     if T.shuffle_elect(32):
-                        dq_adder(0, dQ_sum, smem, bars, batch, kv_head, first, count)
+                        adder(0, dQ_sum, TURN, at, where, smem, bars)
                 elif thread < 96:
                     if T.shuffle_elect(32):
-                        dq_adder(1, dQ_sum, smem, bars, batch, kv_head, first, count)
+                        adder(1, dQ_sum, TURN, at, where, smem, bars)
             else:
                 if thread < 256:
-                    consumer(0, smem, bars, n0, first, count, scale)
-                    if thread < 160:
-                        if T.shuffle_elect(32):
-                            T.tma_copy(V_smem, dV[batch, n0 : n0 + block_N, kv_head, :])
-                            T.tma_copy(K_smem, dK[batch, n0 : n0 + block_N, kv_head, :])
-                            T.tma_store_wait(0)
+                    consumer(0, at, where, smem, bars, dK, dV, call)
                 else:
-                    consumer(1, smem, bars, n0, first, count, scale)
+                    consumer(1, at, where, smem, bars, dK, dV, call)
+
+    queries = T.StridedTensor([B, rows_q, H_q, D], strides["Q"], dtype)
+    keys = T.StridedTensor([B, rows_kv, H_kv, D], strides["K"], dtype)
+    values = T.StridedTensor([B, rows_kv, H_kv, D_v], strides["V"], dtype)
+    gradients = T.StridedTensor([B, rows_q, H_q, D_v], strides["dO"], dtype)
+    kind = "float32" if form == "split" else dtype
+
+    @T.prim_func
+    def attention_bwd(
+        Q: queries,
+        K: keys,
+        V: values,
+        dO: gradients,
+        LSE2: T.Tensor([tiles, block_M], "float32"),
+        DELTA: T.Tensor([tiles, block_M], "float32"),
+        dQ_sum: T.Tensor([tiles, lines, LINE], "float32"),
+        TURN: T.Tensor([turns], "int32"),
+        # One row that nobody reads unless the call is packed
+        TABLE: T.Tensor([entries, backward_tiles.ROW], "int32"),
+        dK: T.StridedTensor([B_out, rows_kv, H_kv, D], strides["dK"], kind),
+        dV: T.StridedTensor([B_out, rows_kv, H_kv, D_v], strides["dV"], kind),
+        scale: T.float32,
+        cap: T.float32,
+        left: T.int32,
+        right: T.int32,
+        head_tiles: T.int32,
+        key_blocks: T.int32,
+        parts: T.int32,
+        width: T.int32,
+    ):
+        kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, parts, width)
 
     return attention_bwd
-
-
-def programs(cfg: Backward, dtype: torch.dtype, has_dlse: bool) -> tuple[Program, ...]:
-    """The three kernels of a configuration: preprocess, main, postprocess."""
-    name = str(dtype).removeprefix("torch.")
-    return (
-        Program("attention_bwd_preprocess", build_preprocess, (cfg.D, name, has_dlse, cfg.block_M)),
-        Program("attention_bwd", build, (name, *cfg)),
-        Program("attention_bwd_postprocess", build_postprocess, (cfg.D, name, cfg.block_M)),
-    )
-
-
-@functools.cache
-def compiled(cfg: Backward, dtype: torch.dtype, has_dlse: bool) -> tuple:
-    """The three, built at their first use."""
-    return tuple(kernel(program) for program in programs(cfg, dtype, has_dlse))
-
-
-def launch(
-    cfg: Backward,
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    scale: float,
-) -> None:
-    """Writes dq, dk, dv. Workspace: dq in float32 and 2 B H_q S_q float32, with S_q rounded up to block_M."""
-    device.require_hopper("attention_bwd", q.device)
-    device.warn_if_deterministic("attention_bwd")
-    if dq.numel() == 0 or dk.numel() == 0:
-        for gradient in (dq, dk, dv):
-            gradient.zero_()
-        return
-    preprocess, main, postprocess = compiled(cfg, q.dtype, dlse is not None)
-    with device.current(q.device):
-        q, k, v, do = device.rows(q), device.rows(k), device.rows(v), do.detach().contiguous()
-        out, lse = out.detach().contiguous(), lse.detach().contiguous()
-        lse2, delta, dq_sum = _workspace(cfg, q)
-        preprocess(out, do, lse, lse if dlse is None else dlse.detach().contiguous(), lse2, delta, dq_sum)
-        main(q, k, v, do, lse2, delta, dq_sum, dk, dv, scale, _width(k.shape[0] * k.shape[2], k.shape[1]))
-        postprocess(dq_sum, dq, scale)
-
-
-def _workspace(cfg: Backward, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """lse2 and delta [B, H_q, S_pad], since TMA wants rows of whole 16 bytes; dq_sum [B, H_q, lines, LINE]."""
-    B, S_q, H_q, D = q.shape
-    S_pad = -(-S_q // cfg.block_M) * cfg.block_M
-    lse2, delta = (q.new_empty((B, H_q, S_pad), dtype=torch.float32) for _ in range(2))
-    return lse2, delta, q.new_empty((B, H_q, S_pad * D // LINE, LINE), dtype=torch.float32)
-
-
-def _width(heads: int, S_kv: int) -> int:
-    """How many (batch, KV head) go longest-first together: measured 8 up to 8k keys, 4 beyond; the largest divisor of all up to that."""
-    width = min(8 if S_kv <= 8192 else 4, heads)
-    while heads % width:
-        width -= 1
-    return width

@@ -29,10 +29,13 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """Tile of the backward kernel: block_N keys stay, block_M queries pass through rings of `stages` buffers."""
+    """Tile of the backward kernel: block_N keys stay, block_M queries pass through rings of `stages` buffers. Mask and form as above."""
 
     D: int
-    causal: bool
+    D_v: int
+    mask: str
+    softcap: bool
+    form: str
     block_M: int
     block_N: int
     stages: int
@@ -60,14 +63,19 @@ def _forwards(D: int, D_v: int) -> Iterator[Forward]:
 
 
 FORWARD = {(D, D_v, t.mask, t.softcap, t.form): t for D, D_v in _FORWARD for t in _forwards(D, D_v)}
+# (D, D_v): (block_M, block_N)
+_BACKWARD = {
+    (64, 64): (128, 128),
+    (96, 96): (64, 128),
+    (128, 128): (64, 128),
+}
 BACKWARD = {
-    (64, True): Backward(64, True, 64, 128, 2),
-    (64, False): Backward(64, False, 64, 128, 2),
-    (128, True): Backward(128, True, 64, 128, 2),
-    (128, False): Backward(128, False, 64, 128, 2),
+    (*sizes, mask, softcap, form): Backward(*sizes, mask, softcap, form, *blocks, 2)
+    for sizes, blocks in _BACKWARD.items()
+    for mask, softcap, form in itertools.product(MASKS, (False, True), FORMS)
 }
 D_FORWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in FORWARD}))
-D_BACKWARD = tuple(sorted({(D, D) for D, _ in BACKWARD}))
+D_BACKWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in BACKWARD}))
 
 
 _KINDS = {(-1, -1): "full", (-1, 0): "causal"}
@@ -109,28 +117,30 @@ def parts(tile: Forward, S_q: int, S_kv: int, H_q: int, window: tuple[int, int],
     return max(1, min(multiprocessors // tiles, seen // (_SMALLEST_PART * tile.block_N)))
 
 
-def backward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float, deterministic: bool) -> Backward:
+def sides(mask: str, window: tuple[int, int], far: int) -> tuple[int, int]:
+    """An open side reaches farther than any key; `far` is enough for the widest of the others, too. Of the causal mask the right one is 0."""
+    if mask == "causal":
+        return far, 0
+    left, right = (far if side < 0 else min(side, far) for side in window)
+    return left, right
+
+
+def backward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float, packed: bool = False) -> Backward:
     """The tile of a backward; NotImplementedError names what there is."""
-    rest = "; the forward alone runs under torch.no_grad()"
-    if softcap != 0:
-        raise NotImplementedError(f"{function}: softcap for gradients on CUDA must be 0 (off), no kernel has it yet, got {softcap}{rest}")
-    kind = mask(window_left, window_right)
-    if kind == "window":
+    tile = BACKWARD.get((int(D), int(D_v), mask(window_left, window_right), softcap > 0, "packed" if packed else "dense"))
+    if tile is None:
         raise NotImplementedError(
-            f"{function}: window for gradients on CUDA must be (-1, -1), or (-1, 0) as causal makes it, no kernel has another yet, "
-            f"got {(window_left, window_right)}{rest}"
+            f"{function}: (D, D_v) for gradients on CUDA must be one of {D_BACKWARD}, got {(int(D), int(D_v))}; "
+            "the forward alone runs under torch.no_grad()"
         )
-    D, D_v = int(D), int(D_v)
-    if (D, D_v) not in D_BACKWARD:
-        raise NotImplementedError(f"{function}: (D, D_v) for gradients on CUDA must be one of {D_BACKWARD}, got {(D, D_v)}{rest}")
-    if deterministic:
-        raise NotImplementedError(f"{function}: deterministic must be False for gradients on CUDA, dq is summed by atomics, got True")
-    return BACKWARD[D, kind == "causal"]
+    return tile
 
 
-def backward_packed(function: str) -> NoReturn:
-    """NotImplementedError: no kernel computes gradients of packed sequences."""
-    raise NotImplementedError(
-        f"{function}: q, k and v on CUDA must not require gradients, packed sequences have no backward kernel yet; "
-        "the forward alone runs under torch.no_grad()"
-    )
+def split_backward(tile: Backward) -> Backward:
+    """The tile of a dense call whose steps are split into parts."""
+    return BACKWARD[tile.D, tile.D_v, tile.mask, tile.softcap, "split"]
+
+
+def backward_parts(tile: Backward, q: tuple, S_kv: int, H_kv: int, window: tuple[int, int], multiprocessors: int) -> int:
+    """Into how many parts the steps of a key block are split, so that few KV heads and short sequences fill the device; 1 is not at all."""
+    return 1

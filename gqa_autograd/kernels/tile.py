@@ -67,6 +67,27 @@ def mask(frags, rows, block_N, kind, row0, col0, S_q, S_kv, left, right):
 
 
 @T.macro
+def mask_transposed(frags, rows, block_M, kind, key0, row0, S_q, S_kv, left, right):
+    """P = 0 where query row0 + j does not see key key0 + i, for a tile whose rows are keys. Limits as in `mask`.
+
+    Queries behind S_q need no mask: their LSE is +inf."""
+    lane_col = (T.get_thread_binding() % 4) * 2
+    for i in T.Parallel(rows):
+        first = 0 if kind == "full" else key0 + i + S_q - S_kv - right - row0
+        frags.low[i] = T.if_then_else(key0 + i < S_kv, first, row0 + block_M) - lane_col
+        if kind == "window":
+            frags.high[i] = key0 + i + S_q - S_kv + left - row0 - lane_col
+    for i, j in T.Parallel(rows, block_M):
+        # Select after exp2: a condition around it would become a branch per element
+        frags.P[i, j] = T.if_then_else(_seeing(frags, i, j - lane_col, kind), frags.P[i, j], 0.0)
+
+
+def _seeing(frags, i, j, kind):
+    behind = j >= frags.low[i]
+    return T.And(behind, j <= frags.high[i]) if kind == "window" else behind
+
+
+@T.macro
 def softcap(frags, rows, block_N, inner):
     """S = tanh(scale / cap S), logits in units of the cap; inner = 2 log2(e) scale / cap.
 

@@ -1,0 +1,148 @@
+"""From a call to the backward's kernels: which ones, with what run-time numbers, on tensors that TMA can read.
+
+Workspace: dQ in float32, two float32 and, a query block, one int32 for each row of q, with S_q rounded up to block_M; of a split call also
+dK and dV of each part in float32."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backward, backward_combine, backward_prepost, backward_tiles, config, device
+from .backward_prepost import LINE
+from .build import Program, kernel
+from .config import Backward
+
+
+class Programs(NamedTuple):
+    """The kernels of a call, in the order in which they run; `combine` after a split one only."""
+
+    preprocess: Program
+    main: Program
+    postprocess: Program
+    combine: Program
+
+
+def programs(cfg: Backward, dtype: torch.dtype, has_dlse: bool) -> Programs:
+    """The kernels of a configuration."""
+    name, packed = str(dtype).removeprefix("torch."), cfg.form == "packed"
+    return Programs(
+        Program("attention_bwd_preprocess", backward_prepost.build_preprocess, (name, has_dlse, packed, cfg.D_v, cfg.block_M, cfg.block_N)),
+        Program("attention_bwd", backward.build, (name, *cfg)),
+        Program("attention_bwd_postprocess", backward_prepost.build_postprocess, (name, packed, cfg.D, cfg.block_M)),
+        Program("attention_bwd_combine", backward_combine.build, (name, cfg.D, cfg.D_v)),
+    )
+
+
+@functools.cache
+def compiled(cfg: Backward, dtype: torch.dtype, has_dlse: bool) -> tuple:
+    """They, built at their first use."""
+    found = programs(cfg, dtype, has_dlse)
+    return tuple(kernel(program) for program in (found if cfg.form == "split" else found[:3]))
+
+
+class Call(NamedTuple):
+    """What a backward is asked for; dense tensors as `ops` has them, packed ones with a batch of one before their tokens."""
+
+    do: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    dlse: Tensor | None
+    scale: float
+    window: tuple[int, int]
+    softcap: float
+
+
+def launch(cfg: Backward, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes dq, dk and dv of a dense call."""
+    _require_hopper("attention_bwd", call)
+    if _without_work(dq, dk, dv):
+        return
+    H_kv, S_kv = call.k.shape[2], call.k.shape[1]
+    head_tiles = _ceil(call.q.shape[1], cfg.block_M)
+    key_blocks = _ceil(S_kv, cfg.block_N)
+    parts = config.backward_parts(cfg, call.q.shape, S_kv, H_kv, call.window, device.multiprocessors(call.q.device))
+    if parts > 1:
+        cfg = config.split_backward(cfg)
+    with device.current(call.q.device):
+        _run(cfg, call, dq, dk, dv, head_tiles, key_blocks, parts, ())
+
+
+def launch_varlen(cfg: Backward, call: Call, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes dq, dk and dv of packed sequences; 0 for tokens behind the last of them. Lengths stay on the device."""
+    _require_hopper("attention_varlen_bwd", call)
+    if _without_work(dq, dk, dv):
+        return
+    sequences = cu_seqlens_q.shape[0] - 1
+    head_tiles = call.q.shape[1] // cfg.block_M + sequences + 1
+    key_blocks = call.k.shape[1] // cfg.block_N + sequences + 1
+    with device.current(call.q.device):
+        _run(cfg, call, dq, dk, dv, head_tiles, key_blocks, 1, (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()))
+
+
+def _run(cfg: Backward, call: Call, dq: Tensor, dk: Tensor, dv: Tensor, head_tiles: int, key_blocks: int, parts: int, offsets: tuple) -> None:
+    q, k, v, do = (device.rows(t) for t in (call.q, call.k, call.v, call.do))
+    out, lse, do_rows = call.out.detach().contiguous(), call.lse.detach().contiguous(), call.do.detach().contiguous()
+    dlse = lse if call.dlse is None else call.dlse.detach().contiguous()
+    space = _workspace(cfg, q, head_tiles, key_blocks)
+    partial = _partial(dk, dv, parts) if parts > 1 else (dk, dv)
+    left, right = config.sides(cfg.mask, call.window, q.shape[1] + k.shape[1])
+    width = _width(k.shape[0] * k.shape[2])
+    preprocess, main, postprocess, *combine = compiled(cfg, q.dtype, call.dlse is not None)
+    table = (space.table,) if offsets else ()
+    preprocess(out, do_rows, lse, dlse, *offsets, space.lse2, space.delta, space.turns, *table, *((right, head_tiles) if offsets else ()))
+    numbers = call.scale, call.softcap, left, right, head_tiles, key_blocks, parts, width
+    main(q, k, v, do, space.lse2, space.delta, space.dq, space.turns, space.table, *partial, *numbers)
+    postprocess(space.dq, space.turns, *offsets[:1], dq, call.scale, *((head_tiles,) if offsets else ()))
+    for merge in combine:
+        merge(*partial, dk, dv)
+
+
+class _Workspace(NamedTuple):
+    lse2: Tensor
+    delta: Tensor
+    dq: Tensor
+    turns: Tensor
+    table: Tensor
+
+
+def _workspace(cfg: Backward, q: Tensor, head_tiles: int, key_blocks: int) -> _Workspace:
+    """lse2 and delta [tiles, block_M] and dq [tiles, lines, LINE] in float32; turns [1 + tiles] and the table of key blocks in int32."""
+    tiles = q.shape[0] * q.shape[2] * head_tiles
+    lse2, delta = (q.new_empty((tiles, cfg.block_M), dtype=torch.float32) for _ in range(2))
+    dq = q.new_empty((tiles, cfg.block_M * cfg.D // LINE, LINE), dtype=torch.float32)
+    table = q.new_empty((key_blocks if cfg.form == "packed" else 1, backward_tiles.ROW), dtype=torch.int32)
+    return _Workspace(lse2, delta, dq, q.new_empty(1 + tiles, dtype=torch.int32), table)
+
+
+def _partial(dk: Tensor, dv: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Each part's own dK and dV in float32."""
+    sizes = ((parts * t.shape[0], *t.shape[1:]) for t in (dk, dv))
+    dk_parts, dv_parts = (dk.new_empty(size, dtype=torch.float32) for size in sizes)
+    return dk_parts, dv_parts
+
+
+def _require_hopper(function: str, call: Call) -> None:
+    device.require_hopper(function, call.q.device)
+
+
+def _without_work(dq: Tensor, dk: Tensor, dv: Tensor) -> bool:
+    """A call without queries or without keys: every gradient is 0."""
+    if dq.numel() == 0 or dk.numel() == 0 or dv.numel() == 0:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return True
+    return False
+
+
+def _ceil(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _width(heads: int) -> int:
+    """How many (batch, KV head) go longest-first together: as many as share the L2 cache well, measured."""
+    return min(16, heads)
