@@ -104,13 +104,20 @@ def forward_launch():
     return launch
 
 
+@functools.cache
+def backward_launch():
+    from .kernels import backward_launch as launch
+
+    return launch
+
+
 def _forward_tile(q: Tensor, v: Tensor, s: Settings):
     """The tile a CUDA call uses; NotImplementedError, also while tracing, if no kernel computes it."""
     return kernel_config().forward("attention", q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap)
 
 
 def _backward_tile(function: str, q: Tensor, v: Tensor, s: Settings):
-    return kernel_config().backward(function, q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap, s.deterministic)
+    return kernel_config().backward(function, q.shape[3], v.shape[3], s.window_left, s.window_right, s.softcap)
 
 
 def tiles(q: Tensor, v: Tensor, s: Settings, backward: bool) -> tuple:
@@ -208,13 +215,12 @@ def _(do, q, k, v, out, lse, dlse, *settings):
 
 @_body(attention_bwd, "CUDA")
 def _cuda_backward(do, q, k, v, out, lse, dlse, *settings):
-    from .kernels import backward
-
     s = _checked_bwd(do, q, k, v, out, lse, dlse, settings)
     tile = _backward_tile("attention_bwd", q, v, s)
-    dq, dk, dv = meta.attention_bwd(q, k, v)
-    backward.launch(tile, do, q, k, v, out, lse, dlse, dq, dk, dv, scale_of(q, s))
-    return dq, dk, dv
+    gradients = meta.attention_bwd(q, k, v)
+    launch = backward_launch()
+    launch.launch(tile, launch.Call(do, q, k, v, out, lse, dlse, scale_of(q, s), (s.window_left, s.window_right), s.softcap), *gradients)
+    return gradients
 
 
 @_fake(attention_bwd)

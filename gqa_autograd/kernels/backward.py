@@ -19,7 +19,7 @@ from . import backward_tiles, tile
 from .backward_output import PRELUDE as OUTPUT
 from .backward_output import ROWS, store
 from .forward_output import PACKED, panels
-from .backward_prepost import LINE, dq_parts, dq_place
+from .backward_prepost import LINE, dq_pieces, dq_place
 from .backward_tiles import BATCH, END, FIELDS, HIGH, KEY_BLOCK, KV_HEAD, KV_START, LOW, Q_START, S_Q
 
 CONSUMERS = 256
@@ -35,7 +35,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     B, rows_q, rows_kv, H_q, H_kv, B_out, turns, tiles, entries = (T.dynamic(name) for name in names)
     # A stride can pass 2^31 elements; a length can't
     strides = {t: (*(T.dynamic(f"{t}_stride_{d}", "int64") for d in "bsh"), 1) for t in ("Q", "K", "V", "dO", "dK", "dV")}
-    packed, lines, parts_of_dq = form == "packed", block_M * D // LINE, dq_parts(block_M, D)
+    packed, lines, pieces = form == "packed", block_M * D // LINE, dq_pieces(block_M, D)
 
     @T.macro
     def probabilities(w, stage, m, masked, at, where, smem, frags, call):
@@ -52,6 +52,57 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         if softcap:
             for i, j in T.Parallel(ROWS, block_M):
                 frags.P[i, j] *= 1.0 - frags.S[i, j] * frags.S[i, j]
+
+    def dq_shape(w, n):
+        """Of the n-th piece; of one that there isn't, anything."""
+        piece = (*pieces[w], *pieces[0], *pieces[0])[n]
+        return [piece.rows, piece.columns]
+
+    # Loops over pieces are Python's, so they stand outside of the macros
+    def multiply_dq(w, turn, smem, frags):
+        """This warpgroup's pieces of dQ, a product each."""
+        for piece, values in zip(pieces[w], frags.dQ, strict=False):
+            multiply_piece(piece, turn, smem, values)
+
+    @T.macro
+    def multiply_piece(piece, turn, smem, values):
+        T.wgmma_gemm(
+            smem.dS[turn % 2, :, piece.row : piece.row + piece.rows],
+            smem.K[:, piece.column : piece.column + piece.columns],
+            values,
+            transpose_A=True,
+            policy=tile.FULL_ROW,
+            clear_accum=True,
+        )
+
+    def stage_dq(w, smem, frags):
+        for piece, values in zip(pieces[w], frags.dQ, strict=False):
+            stage_piece(piece, smem, values)
+
+    @T.macro
+    def stage_piece(piece, smem, values):
+        for i, j in T.Parallel(piece.rows, piece.columns):
+            line, column = dq_place(piece, i, j, block_M, D)
+            smem.dQ[line, column] = values[i, j]
+
+    @T.macro
+    def clear_queries(stage, phase, rows, smem, bars):
+        """Zeroes what lies behind the first `rows` queries: other sequences' rows, where 0 times NaN would be NaN."""
+        T.mbarrier_wait_parity(bars.do_full[stage], phase)
+        thread = T.get_thread_binding() - 128
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.Q[stage, 0, 0]), thread, CONSUMERS, rows, block_M, *panels(D))
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.dO[stage, 0, 0]), thread, CONSUMERS, rows, block_M, *panels(D_v))
+        T.fence_proxy_async()
+        T.sync_threads(EXCHANGE, CONSUMERS)
+
+    @T.macro
+    def clear_keys(rows, smem):
+        """The same behind the first `rows` keys."""
+        thread = T.get_thread_binding() - 128
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.K[0, 0]), thread, CONSUMERS, rows, block_N, *panels(D))
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.V[0, 0]), thread, CONSUMERS, rows, block_N, *panels(D_v))
+        T.fence_proxy_async()
+        T.sync_threads(EXCHANGE, CONSUMERS)
 
     @T.macro
     def step(w, turn, m, masked, at, where, smem, bars, frags, call):
@@ -80,49 +131,20 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         T.copy(frags.dS, smem.dS[turn % 2, w * ROWS : (w + 1) * ROWS, :])
         T.fence_proxy_async()
         T.sync_threads(EXCHANGE, CONSUMERS)
-        (row, rows), (column, columns) = parts_of_dq[w]
-        T.wgmma_gemm(
-            smem.dS[turn % 2, :, row : row + rows],
-            smem.K[:, column : column + columns],
-            frags.dQ,
-            transpose_A=True,
-            policy=tile.FULL_ROW,
-            clear_accum=True,
-        )
-        T.wait_wgmma(1)
+        multiply_dq(w, turn, smem, frags)
+        T.wait_wgmma(len(pieces[w]))
         if T.shuffle_elect(128):
             T.mbarrier_arrive(bars.do_empty[stage])
         T.wgmma_gemm(frags.dS, smem.Q[stage, :, :], frags.dK, policy=tile.FULL_ROW)
         T.wait_wgmma(1)
         # Of the turn before; at the first turn a phase that never was counts as done
         T.mbarrier_wait_parity(bars.dq_empty[(turn + 1) % 2], ((turn + 1) // 2 + 1) % 2)
-        for i, j in T.Parallel(rows, columns):
-            line, place = dq_place(i, j, columns)
-            smem.dQ[(row * D + column * block_M) // LINE + line, place] = frags.dQ[i, j]
+        stage_dq(w, smem, frags)
         T.fence_proxy_async()
         T.mbarrier_arrive(bars.dq_full[turn % 2])
         T.wait_wgmma(0)
         if T.shuffle_elect(128):
             T.mbarrier_arrive(bars.q_empty[stage])
-
-    @T.macro
-    def clear_queries(stage, phase, rows, smem, bars):
-        """Zeroes what lies behind the first `rows` queries: other sequences' rows, where 0 times NaN would be NaN."""
-        T.mbarrier_wait_parity(bars.do_full[stage], phase)
-        thread = T.get_thread_binding() - 128
-        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.Q[stage, 0, 0]), thread, CONSUMERS, rows, block_M, *panels(D))
-        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.dO[stage, 0, 0]), thread, CONSUMERS, rows, block_M, *panels(D_v))
-        T.fence_proxy_async()
-        T.sync_threads(EXCHANGE, CONSUMERS)
-
-    @T.macro
-    def clear_keys(rows, smem):
-        """The same behind the first `rows` keys."""
-        thread = T.get_thread_binding() - 128
-        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.K[0, 0]), thread, CONSUMERS, rows, block_N, *panels(D))
-        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.V[0, 0]), thread, CONSUMERS, rows, block_N, *panels(D_v))
-        T.fence_proxy_async()
-        T.sync_threads(EXCHANGE, CONSUMERS)
 
     @T.macro
     def consumer(w, at, where, smem, bars, dK_out, dV_out, call):
@@ -134,10 +156,11 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         dS = T.alloc_fragment([ROWS, block_M], dtype)
         dV = T.alloc_fragment([ROWS, D_v], "float32")
         dK = T.alloc_fragment([ROWS, D], "float32")
-        dQ = T.alloc_fragment([parts_of_dq[w][0][1], parts_of_dq[w][1][1]], "float32")
+        dQ_0 = T.alloc_fragment(dq_shape(w, 0), "float32")
+        dQ_1 = T.alloc_fragment(dq_shape(w, 1), "float32")
         low = T.alloc_fragment([ROWS], "int32")
         high = T.alloc_fragment([ROWS], "int32")
-        frags = SimpleNamespace(S=S, P=P, P_16=P_16, dP=dP, dS=dS, dV=dV, dK=dK, dQ=dQ, low=low, high=high)
+        frags = SimpleNamespace(S=S, P=P, P_16=P_16, dP=dP, dS=dS, dV=dV, dK=dK, dQ=(dQ_0, dQ_1), low=low, high=high)
         begin = T.alloc_var("int32")
         stop = T.alloc_var("int32")
         plain = T.alloc_var("int32")

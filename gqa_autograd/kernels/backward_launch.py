@@ -99,7 +99,7 @@ def _run(cfg: Backward, call: Call, dq: Tensor, dk: Tensor, dv: Tensor, head_til
     main(q, k, v, do, space.lse2, space.delta, space.dq, space.turns, space.table, *partial, *numbers)
     postprocess(space.dq, space.turns, *offsets[:1], dq, call.scale, *((head_tiles,) if offsets else ()))
     for merge in combine:
-        merge(*partial, dk, dv)
+        merge(*(t.view(parts, -1, t.shape[3]) for t in partial), *(t.view(-1, t.shape[3]) for t in (dk, dv)))
 
 
 class _Workspace(NamedTuple):

@@ -1,5 +1,7 @@
 """What runs before and after the backward's main kernel, and the layout in which that leaves dQ for the second of them."""
 
+from typing import NamedTuple
+
 import tilelang
 import tilelang.language as T
 
@@ -9,31 +11,32 @@ from . import backward_tiles, tile
 LINE = 256
 
 
-def dq_parts(block_M: int, D: int) -> tuple:
-    """((first row, rows), (first column, columns)) of each of two warpgroups' part of a tile of dQ: products have 64 rows."""
+class Piece(NamedTuple):
+    """A product for dQ: `rows` queries of a tile from `row` on, `columns` of D from `column` on."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+def dq_pieces(block_M: int, D: int) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+    """What each of two warpgroups has of a tile of dQ. A product has 64 rows, and begins in K where one of its panels does."""
     if block_M == 128:
-        return ((0, 64), (0, D)), ((64, 64), (0, D))
+        return (Piece(0, 64, 0, D),), (Piece(64, 64, 0, D),)
+    if D % 64:
+        thirds = [Piece(0, 64, column, 32) for column in range(0, D, 32)]
+        return tuple(thirds[:2]), tuple(thirds[2:])
+    if D == 64:
+        return (Piece(0, 64, 0, 64),), ()
     left = (D + 64) // 128 * 64
-    return ((0, 64), (0, left)), ((0, 64), (left, D - left))
+    return (Piece(0, 64, 0, left),), (Piece(0, 64, left, D - left),)
 
 
-def dq_place(i, j, columns):
-    """Element (i, j) of such a part -> its line and column in the workspace, counted from the part's first line."""
-    return i // 8 * (columns // 32) + j // 32, j % 32 // 8 * 64 + i % 8 * 8 + j % 8
-
-
-def _dq_element(i, j, block_M, D):
-    """Element (i, j) of a tile of dQ -> its line and column."""
-    ((_, rows), (_, left)), ((_, _), (start, right)) = dq_parts(block_M, D)
-    if start == 0:
-        line, column = dq_place(i % rows, j, D)
-        return i // rows * (rows * D // LINE) + line, column
-    if left == right:
-        line, column = dq_place(i, j % left, left)
-        return j // left * (rows * left // LINE) + line, column
-    (line_0, column_0), (line_1, column_1) = dq_place(i, j, left), dq_place(i, j - left, right)
-    inside = j < left
-    return T.if_then_else(inside, line_0, rows * left // LINE + line_1), T.if_then_else(inside, column_0, column_1)
+def dq_place(piece: Piece, i, j, block_M: int, D: int):
+    """Element (i, j) of a piece -> its line and column of the tile in the workspace."""
+    line = (piece.row * D + piece.column * block_M) // LINE
+    return line + i // 8 * (piece.columns // 32) + j // 32, j % 32 // 8 * 64 + i % 8 * 8 + j % 8
 
 
 @tilelang.jit(pass_configs=tile.FAST_MATH, target=tile.TARGET)
@@ -94,6 +97,28 @@ def build_preprocess(dtype, has_dlse, packed, D_v, block_M, block_N):
 def build_postprocess(dtype, packed, D, block_M):
     """dQ = scale dQ_sum, out of its 8 x 8 blocks and cast; 0 where no key block has added."""
     B, rows_q, H_q, tiles, turns = (T.dynamic(name) for name in ("B", "rows_q", "H_q", "tiles", "turns"))
+    pieces = [piece for of_warpgroup in dq_pieces(block_M, D) for piece in of_warpgroup]
+
+    @T.macro
+    def convert_piece(piece, dQ_sum, dQ, scale, place, batch, head, row0, count):
+        for i, j in T.Parallel(piece.rows, piece.columns):
+            if piece.row + i < count:
+                line, column = dq_place(piece, i, j, block_M, D)
+                dQ[batch, row0 + piece.row + i, head, piece.column + j] = T.cast(dQ_sum[place, line, column] * scale, dtype)
+
+    def convert_pieces(*arguments):
+        for piece in pieces:
+            convert_piece(piece, *arguments)
+
+    @T.macro
+    def convert(dQ_sum, TURN, dQ, scale, place, batch, head, row0, count):
+        """`count` queries from row0 on, out of the tile `place`."""
+        if TURN[place + 1] > 0:
+            convert_pieces(dQ_sum, dQ, scale, place, batch, head, row0, count)
+        else:
+            for i, j in T.Parallel(block_M, D):
+                if i < count:
+                    dQ[batch, row0 + i, head, j] = T.cast(0, dtype)
 
     @T.prim_func
     def attention_bwd_postprocess(
@@ -106,11 +131,6 @@ def build_postprocess(dtype, packed, D, block_M):
             # Last first: the main kernel's last tiles may still be in the L2 cache
             last = (B - 1 - b) * H_q + H_q - 1 - h
             place = last * T.ceildiv(rows_q, block_M) + m
-            summed = TURN[place + 1] > 0
-            for i, j in T.Parallel(block_M, D):
-                if m * block_M + i < rows_q:
-                    line, column = _dq_element(i, j, block_M, D)
-                    value = T.if_then_else(summed, dQ_sum[place, line, column], 0.0)
-                    dQ[B - 1 - b, m * block_M + i, H_q - 1 - h, j] = T.cast(value * scale, dtype)
+            convert(dQ_sum, TURN, dQ, scale, place, B - 1 - b, H_q - 1 - h, m * block_M, rows_q - m * block_M)
 
     return attention_bwd_postprocess
