@@ -219,7 +219,8 @@ def _cuda_backward(do, q, k, v, out, lse, dlse, *settings):
     tile = _backward_tile("attention_bwd", q, v, s)
     gradients = meta.attention_bwd(q, k, v)
     launch = backward_launch()
-    launch.launch(tile, launch.Call(do, q, k, v, out, lse, dlse, scale_of(q, s), (s.window_left, s.window_right), s.softcap), *gradients)
+    call = launch.Call(do, q, k, v, out, lse, dlse, scale_of(q, s), (s.window_left, s.window_right), s.softcap, s.deterministic)
+    launch.launch(tile, call, *gradients)
     return gradients
 
 

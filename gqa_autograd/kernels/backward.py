@@ -20,7 +20,7 @@ from .backward_output import PRELUDE as OUTPUT
 from .backward_output import ROWS, store
 from .forward_output import PACKED, panels
 from .backward_prepost import LINE, dq_pieces, dq_place
-from .backward_tiles import BATCH, END, FIELDS, HIGH, KEY_BLOCK, KV_HEAD, KV_START, LOW, Q_START, S_Q
+from .backward_tiles import BATCH, END, FIELDS, GROUP, HEAD, KEY_BLOCK, KV_HEAD, KV_START, Q_START, S_Q, STEPS
 
 CONSUMERS = 256
 THREADS = 384
@@ -161,14 +161,12 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         low = T.alloc_fragment([ROWS], "int32")
         high = T.alloc_fragment([ROWS], "int32")
         frags = SimpleNamespace(S=S, P=P, P_16=P_16, dP=dP, dS=dS, dV=dV, dK=dK, dQ=(dQ_0, dQ_1), low=low, high=high)
-        begin = T.alloc_var("int32")
-        stop = T.alloc_var("int32")
+        steps = T.alloc_var("int32")
+        group = T.alloc_var("int32")
         plain = T.alloc_var("int32")
         edge = T.alloc_var("int32")
-        group = T.alloc_var("int32")
-        begin = at[LOW]
-        stop = at[HIGH]
-        group = T.truncdiv(H_q, H_kv)
+        steps = at[STEPS]
+        group = at[GROUP]
         queries, keys = where.lengths(at)
         n0 = at[KEY_BLOCK] * block_N
         T.fill(dV, 0)
@@ -179,23 +177,23 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             if n0 + block_N > keys:
                 clear_keys(keys - n0, smem)
         # From step `plain` on, as long as `edge` is not reached, every query sees every key of the block
-        plain = begin
-        edge = stop
+        plain = 0
+        edge = steps
         if mask == "window":
             plain = (at[END] - T.floordiv(n0 + queries - keys + call.left + 1, block_M)) * group
-            plain = T.min(T.max(plain, begin), stop)
+            plain = T.min(T.max(plain, 0), steps)
         if mask != "full":
             edge = (at[END] - T.ceildiv(n0 + block_N - 1 + queries - keys - call.right, block_M)) * group
-            edge = T.max(T.min(edge, stop), plain)
+            edge = T.max(T.min(edge, steps), plain)
         if mask != "causal":
             edge = T.if_then_else(n0 + block_N > keys, plain, edge)
         if mask == "window":
-            for u in T.serial(begin, plain):
-                step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
+            for u in T.serial(plain):
+                step(w, u, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
         for u in T.serial(plain, edge):
-            step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), False, at, where, smem, bars, frags, call)
-        for u in T.serial(edge, stop):
-            step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
+            step(w, u, at[END] - 1 - T.truncdiv(u, group), False, at, where, smem, bars, frags, call)
+        for u in T.serial(edge, steps):
+            step(w, u, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
         for i, j in T.Parallel(ROWS, D):
             dK[i, j] *= call.scale
         store(form, w, block_N, at, call, frags, smem, dK_out, dV_out, (strides["dK"][1], strides["dV"][1]), (D, D_v), EXCHANGE, CONSUMERS)
@@ -210,13 +208,13 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         head = T.alloc_var("int32")
         row = T.alloc_var("int32")
         place = T.alloc_var("int32")
-        group = T.truncdiv(H_q, H_kv)
-        steps = at[HIGH] - at[LOW]
+        group = at[GROUP]
+        steps = at[STEPS]
         T.tma_copy(K[batch, key : key + block_N, kv_head, :], smem.K, barrier=bars.k_full)
         T.mbarrier_arrive(bars.k_full)
         for turn in T.unroll(0, steps, unroll_factor=1):
-            m = at[END] - 1 - T.truncdiv(at[LOW] + turn, group)
-            head = kv_head * group + T.truncmod(at[LOW] + turn, group)
+            m = at[END] - 1 - T.truncdiv(turn, group)
+            head = at[HEAD] + T.truncmod(turn, group)
             row = m * block_M + (at[Q_START] if packed else 0)
             place = where.tile(at, head, m)
             stage = turn % stages
@@ -238,32 +236,32 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             T.mbarrier_arrive(bars.v_full)
 
     @T.macro
-    def adder(w, dQ_sum, TURN, at, where, smem, bars):
+    def adder(w, dQ_sum, TURN, at, where, smem, bars, call):
         """Every second step's dQ: so that one sum's way to memory, about as long as a step, runs beside the other's."""
         group = T.alloc_var("int32")
         m = T.alloc_var("int32")
         place = T.alloc_var("int32")
         rank = T.alloc_var("int32")
-        group = T.truncdiv(H_q, H_kv)
-        for t in T.unroll(0, T.truncdiv(at[HIGH] - at[LOW] + 1 - w, 2), unroll_factor=1):
-            m = at[END] - 1 - T.truncdiv(at[LOW] + 2 * t + w, group)
-            place = where.tile(at, at[KV_HEAD] * group + T.truncmod(at[LOW] + 2 * t + w, group), m)
+        group = at[GROUP]
+        for t in T.unroll(0, T.truncdiv(at[STEPS] + 1 - w, 2), unroll_factor=1):
+            m = at[END] - 1 - T.truncdiv(2 * t + w, group)
+            place = where.tile(at, at[HEAD] + T.truncmod(2 * t + w, group), m)
             rank = where.rank(at, m)
-            T.call_extern("handle", "gqa::await_turn", T.address_of(TURN[place + 1]), rank)
+            T.call_extern("handle", "gqa::await_turn", T.address_of(TURN[place + 1]), T.min(rank, call.patience))
             T.mbarrier_wait_parity(bars.dq_full[w], t % 2)
-            # The first sets it, so nobody clears the workspace
             if rank == 0:
                 T.tma_copy(smem.dQ, dQ_sum[place, :, :])
                 T.tma_store_wait(0)
             else:
                 T.atomic_add(dQ_sum[place, :, :], smem.dQ, use_tma=True)
             T.mbarrier_arrive(bars.dq_empty[w])
-            T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
+            if rank < call.patience:
+                T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
 
     @T.macro
-    def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, parts, width):
+    def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, head_parts, query_parts, width, patience):
         prelude = tile.PRELUDE + backward_tiles.PRELUDE + OUTPUT + (PACKED if packed else "")
-        blocks = H_kv * B * key_blocks * parts
+        blocks = H_kv * B * key_blocks * head_parts * query_parts
         with T.Kernel(blocks, threads=THREADS, prelude=prelude):
             K_smem = T.alloc_shared([block_N, D], dtype)
             V_smem = T.alloc_shared([block_N, D_v], dtype)
@@ -290,8 +288,8 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             bars = SimpleNamespace(k_full=k_full, v_full=v_full, dq_full=dq_full, dq_empty=dq_empty, **rings)
             sizes = {"B": B, "H_q": H_q, "H_kv": H_kv, "rows_q": rows_q, "rows_kv": rows_kv, "columns": B * H_kv}
             numbers = {"scale": scale, "cap": cap, "left": left, "right": right}
-            order = {"head_tiles": head_tiles, "key_blocks": key_blocks, "parts": parts, "width": width}
-            call = SimpleNamespace(**sizes, **numbers, **order)
+            blocks_of = {"head_tiles": head_tiles, "key_blocks": key_blocks, "head_parts": head_parts, "query_parts": query_parts}
+            call = SimpleNamespace(**sizes, **numbers, **blocks_of, width=width, patience=patience)
             where = backward_tiles.schedule(form, mask, block_M, block_N, call)
             thread = T.get_thread_binding()
             if thread == 0:
@@ -306,10 +304,10 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
                         producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars)
                 elif thread < 64:
                     if T.shuffle_elect(32):
-                        adder(0, dQ_sum, TURN, at, where, smem, bars)
+                        adder(0, dQ_sum, TURN, at, where, smem, bars, call)
                 elif thread < 96:
                     if T.shuffle_elect(32):
-                        adder(1, dQ_sum, TURN, at, where, smem, bars)
+                        adder(1, dQ_sum, TURN, at, where, smem, bars, call)
             else:
                 if thread < 256:
                     consumer(0, at, where, smem, bars, dK, dV, call)
@@ -342,9 +340,11 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         right: T.int32,
         head_tiles: T.int32,
         key_blocks: T.int32,
-        parts: T.int32,
+        head_parts: T.int32,
+        query_parts: T.int32,
         width: T.int32,
+        patience: T.int32,
     ):
-        kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, parts, width)
+        kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, head_parts, query_parts, width, patience)
 
     return attention_bwd

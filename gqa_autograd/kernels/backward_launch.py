@@ -55,6 +55,13 @@ class Call(NamedTuple):
     scale: float
     window: tuple[int, int]
     softcap: float
+    deterministic: bool
+
+
+# KV heads, of whatever batch, that go longest-first together: so many share the L2 cache well, measured
+_WIDTH = 16
+# How many key blocks' sums a block waits for at most before it adds its own to dQ: the first, which sets it, or all before it
+_PATIENCE = {False: 1, True: 2**31 - 1}
 
 
 def launch(cfg: Backward, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -65,8 +72,8 @@ def launch(cfg: Backward, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> Non
     H_kv, S_kv = call.k.shape[2], call.k.shape[1]
     head_tiles = _ceil(call.q.shape[1], cfg.block_M)
     key_blocks = _ceil(S_kv, cfg.block_N)
-    parts = config.backward_parts(cfg, call.q.shape, S_kv, H_kv, call.window, device.multiprocessors(call.q.device))
-    if parts > 1:
+    parts = config.backward_parts(cfg, *call.q.shape[:3], S_kv, H_kv, call.window, device.multiprocessors(call.q.device))
+    if parts != (1, 1):
         cfg = config.split_backward(cfg)
     with device.current(call.q.device):
         _run(cfg, call, dq, dk, dv, head_tiles, key_blocks, parts, ())
@@ -81,25 +88,39 @@ def launch_varlen(cfg: Backward, call: Call, cu_seqlens_q: Tensor, cu_seqlens_k:
     head_tiles = call.q.shape[1] // cfg.block_M + sequences + 1
     key_blocks = call.k.shape[1] // cfg.block_N + sequences + 1
     with device.current(call.q.device):
-        _run(cfg, call, dq, dk, dv, head_tiles, key_blocks, 1, (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()))
+        _run(cfg, call, dq, dk, dv, head_tiles, key_blocks, (1, 1), (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()))
 
 
-def _run(cfg: Backward, call: Call, dq: Tensor, dk: Tensor, dv: Tensor, head_tiles: int, key_blocks: int, parts: int, offsets: tuple) -> None:
+def _run(
+    cfg: Backward,
+    call: Call,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    head_tiles: int,
+    key_blocks: int,
+    parts: tuple[int, int],
+    offsets: tuple[Tensor, ...],
+) -> None:
     q, k, v, do = (device.rows(t) for t in (call.q, call.k, call.v, call.do))
-    out, lse, do_rows = call.out.detach().contiguous(), call.lse.detach().contiguous(), call.do.detach().contiguous()
+    out, lse, rows = (t.detach().contiguous() for t in (call.out, call.lse, call.do))
     dlse = lse if call.dlse is None else call.dlse.detach().contiguous()
     space = _workspace(cfg, q, head_tiles, key_blocks)
-    partial = _partial(dk, dv, parts) if parts > 1 else (dk, dv)
     left, right = config.sides(cfg.mask, call.window, q.shape[1] + k.shape[1])
-    width = _width(k.shape[0] * k.shape[2])
     preprocess, main, postprocess, *combine = compiled(cfg, q.dtype, call.dlse is not None)
-    table = (space.table,) if offsets else ()
-    preprocess(out, do_rows, lse, dlse, *offsets, space.lse2, space.delta, space.turns, *table, *((right, head_tiles) if offsets else ()))
-    numbers = call.scale, call.softcap, left, right, head_tiles, key_blocks, parts, width
-    main(q, k, v, do, space.lse2, space.delta, space.dq, space.turns, space.table, *partial, *numbers)
-    postprocess(space.dq, space.turns, *offsets[:1], dq, call.scale, *((head_tiles,) if offsets else ()))
-    for merge in combine:
-        merge(*(t.view(parts, -1, t.shape[3]) for t in partial), *(t.view(-1, t.shape[3]) for t in (dk, dv)))
+    sums = _partial(dk, dv, parts[0] * parts[1]) if combine else (dk, dv)
+    if offsets:
+        preprocess(out, rows, lse, dlse, *offsets, space.lse2, space.delta, space.turns, space.table, right, head_tiles)
+    else:
+        preprocess(out, rows, lse, dlse, space.lse2, space.delta, space.turns)
+    order = head_tiles, key_blocks, *parts, min(_WIDTH, k.shape[0] * k.shape[2]), _PATIENCE[call.deterministic]
+    main(q, k, v, do, space.lse2, space.delta, space.dq, space.turns, space.table, *sums, call.scale, call.softcap, left, right, *order)
+    if offsets:
+        postprocess(space.dq, space.turns, offsets[0], dq, call.scale, head_tiles)
+    else:
+        postprocess(space.dq, space.turns, dq, call.scale)
+    if combine:
+        combine[0](*(t.view(parts[0] * parts[1], -1, t.shape[3]) for t in sums), *(t.view(-1, t.shape[3]) for t in (dk, dv)))
 
 
 class _Workspace(NamedTuple):
@@ -141,8 +162,3 @@ def _without_work(dq: Tensor, dk: Tensor, dv: Tensor) -> bool:
 
 def _ceil(length: int, block: int) -> int:
     return -(-length // block)
-
-
-def _width(heads: int) -> int:
-    """How many (batch, KV head) go longest-first together: as many as share the L2 cache well, measured."""
-    return min(16, heads)

@@ -2,10 +2,11 @@
 
 A thread block owns block_N keys of one KV head, a key block, and passes by the query blocks that see them, the last ones first, each with
 all heads of the group: step u is head u % G of query block `end - 1 - u / G`. Key blocks go to thread blocks by ticket, the first of a
-sequence first, which under a causal mask are seen most. A query block's dQ is summed over its key blocks in this same order, each waiting
-for the one before. So the bits never change, nobody waits for a block that has not started, and since all go the same way through the
-queries, hardly anybody waits (docs/design/0006). Dense: sequences are batches. Packed: the preprocessing kernel leaves a table of the key
-blocks. Split: `parts` blocks share the steps of a key block, and what they have of dK and dV is added up afterwards.
+sequence first, which under a causal mask are seen most. The first to add to a tile of dQ sets it, so nobody clears the workspace; the
+others wait for it or, in a deterministic call, for all before them. So nobody waits for a block that has not started, and since all go the
+same way through the queries, hardly anybody waits (docs/design/0006). Dense: sequences are batches. Packed: the preprocessing kernel leaves
+a table of the key blocks. Split: several blocks share the heads of a key block's group, or its queries, and what they have of dK and dV is
+added up afterwards.
 
 The workspace's unit is the query block of one head, a tile. Packed, sequence n begins at tile cu_seqlens_q[n] / block_M + n of each head:
 so no two sequences share a tile, and a head has rows / block_M + sequences + 1 of them.
@@ -15,9 +16,10 @@ from types import SimpleNamespace
 
 import tilelang.language as T
 
-# What a thread block leaves for its threads in shared memory. TILE: the workspace's tile of the sequence's first queries in head 0
-BATCH, KV_HEAD, KEY_BLOCK, PART, TILE, END, LOW, HIGH, Q_START, S_Q, KV_START, S_KV = range(12)
-FIELDS = 12
+# What a thread block leaves for its threads in shared memory. TILE: the workspace's tile of the sequence's first queries in head 0;
+# HEAD, GROUP: the first of its query heads, and how many; END: behind its last query block
+BATCH, KV_HEAD, KEY_BLOCK, PART, TILE, HEAD, GROUP, END, STEPS, Q_START, S_Q, KV_START, S_KV = range(13)
+FIELDS = 13
 # A row of the table of a packed call's key blocks, longest first. The rows left over share the keys of no sequence, which no query sees
 ROW_Q_START, ROW_S_Q, ROW_KV_START, ROW_S_KV, ROW_KEY_BLOCK, ROW_TILE = range(6)
 ROW = 6
@@ -57,12 +59,14 @@ def schedule(form, mask, block_M, block_N, call) -> SimpleNamespace:
         base = T.alloc_var("int32")
         rest = T.alloc_var("int32")
         width = T.alloc_var("int32")
-        blocks = key_blocks * call.parts
+        parts = T.alloc_var("int32")
+        parts = call.head_parts * call.query_parts
+        blocks = key_blocks * parts
         base = T.truncdiv(order, call.width * blocks) * call.width
         rest = order - base * blocks
         width = T.min(call.width, call.columns - base)
-        at[KEY_BLOCK] = T.truncdiv(rest, width * call.parts)
-        at[PART] = T.truncmod(T.truncdiv(rest, width), call.parts)
+        at[KEY_BLOCK] = T.truncdiv(rest, width * parts)
+        at[PART] = T.truncmod(T.truncdiv(rest, width), parts)
         at[BATCH] = T.truncdiv(base + T.truncmod(rest, width), call.H_kv)
         at[KV_HEAD] = T.truncmod(base + T.truncmod(rest, width), call.H_kv)
 
@@ -83,20 +87,32 @@ def schedule(form, mask, block_M, block_N, call) -> SimpleNamespace:
 
     @T.macro
     def steps(at):
-        """Which query blocks see the keys, and this part's share of the steps."""
+        """Which query blocks see the keys, and this part's share of them and of the heads. Cuts are the same for all key blocks, so that
+        those who wait for each other start together."""
         S_q, S_kv = lengths(at)
         n0 = at[KEY_BLOCK] * block_N
+        blocks = T.alloc_var("int32")
         first = T.alloc_var("int32")
         end = T.alloc_var("int32")
-        all_steps = T.alloc_var("int32")
+        group = T.alloc_var("int32")
+        part = T.alloc_var("int32")
+        blocks = T.ceildiv(S_q, block_M)
         first = T.max(T.floordiv(n0 + S_q - S_kv - call.right, block_M), 0) if mask != "full" else 0
-        end = T.ceildiv(S_q, block_M)
+        end = blocks
         if mask == "window":
             end = T.min(end, T.max(T.floordiv(n0 + block_N - 1 + S_q - S_kv + call.left, block_M) + 1, 0))
-        all_steps = T.max(end - first, 0) * T.truncdiv(call.H_q, call.H_kv)
+        group = T.truncdiv(call.H_q, call.H_kv)
+        at[HEAD] = at[KV_HEAD] * group
+        if form == "split":
+            part = T.truncdiv(at[PART], call.head_parts)
+            first = T.max(first, T.truncdiv(blocks * part, call.query_parts))
+            end = T.min(end, T.truncdiv(blocks * (part + 1), call.query_parts))
+            part = T.truncmod(at[PART], call.head_parts)
+            at[HEAD] = at[HEAD] + T.truncdiv(group * part, call.head_parts)
+            group = T.truncdiv(group * (part + 1), call.head_parts) - T.truncdiv(group * part, call.head_parts)
+        at[GROUP] = group
         at[END] = end
-        at[LOW] = T.truncdiv(all_steps * at[PART], call.parts)
-        at[HIGH] = T.truncdiv(all_steps * (at[PART] + 1), call.parts)
+        at[STEPS] = T.max(end - first, 0) * group
 
     @T.macro
     def settle(at, order, table):

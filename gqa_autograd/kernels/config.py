@@ -3,6 +3,7 @@
 One kernel per configuration: dtype, D, mask, form, with LSE or without. Lengths, heads, strides and scale are run-time values, and no
 tile depends on a length or on the batch, so a row of a batch has the same bits alone and in company."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
@@ -141,6 +142,10 @@ def split_backward(tile: Backward) -> Backward:
     return BACKWARD[tile.D, tile.D_v, tile.mask, tile.softcap, "split"]
 
 
-def backward_parts(tile: Backward, q: tuple, S_kv: int, H_kv: int, window: tuple[int, int], multiprocessors: int) -> int:
-    """Into how many parts the steps of a key block are split, so that few KV heads and short sequences fill the device; 1 is not at all."""
-    return 1
+@functools.cache
+def backward_parts(
+    tile: Backward, B: int, S_q: int, H_q: int, S_kv: int, H_kv: int, window: tuple[int, int], multiprocessors: int
+) -> tuple[int, int]:
+    """Into how many parts the group's heads and the queries of a key block are split, so that few KV heads and short sequences fill the
+    device; (1, 1) is not at all."""
+    return 1, 1
