@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
 from . import checks, flops, meta, ops
-from .ops import LIBRARY, SETTINGS, Settings, formula, forward_launch, kernel_config, run, scale_of
+from .ops import LIBRARY, SETTINGS, Settings, backward_launch, formula, forward_launch, kernel_config, run, scale_of
 from .reference import varlen as reference
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
@@ -50,11 +50,15 @@ def _cuda_forward(q: Tensor, v: Tensor, s: Settings):
     return kernel_config().forward("attention_varlen", q.shape[2], v.shape[2], s.window_left, s.window_right, s.softcap, packed=True)
 
 
+def _cuda_backward(function: str, q: Tensor, v: Tensor, s: Settings):
+    return kernel_config().backward(function, q.shape[2], v.shape[2], s.window_left, s.window_right, s.softcap, packed=True)
+
+
 def tiles(q: Tensor, v: Tensor, s: Settings, backward: bool) -> tuple:
     """As ops.tiles: called before a forward that will be differentiated, it refuses there what the backward can't do."""
     if q.device.type != "cuda":
         return None, None
-    return _cuda_forward(q, v, s), kernel_config().backward_packed("attention_varlen") if backward else None
+    return _cuda_forward(q, v, s), _cuda_backward("attention_varlen", q, v, s) if backward else None
 
 
 # --- bodies: on a CPU, on CUDA, and the fake of each operator ---
@@ -111,14 +115,20 @@ def _bwd_cpu(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *settings)
 
 
 def _bwd_cuda(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *settings):
-    _checked_bwd(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, settings)
-    kernel_config().backward_packed("attention_varlen_bwd")
+    s = _checked_bwd(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, settings)
+    tile = _cuda_backward("attention_varlen_bwd", q, v, s)
+    gradients = meta.attention_varlen_bwd(q, k, v)
+    launch = backward_launch()
+    do, q, k, v, out, lse, dlse = (None if t is None else t.unsqueeze(0) for t in (do, q, k, v, out, lse, dlse))
+    call = launch.Call(do, q, k, v, out, lse, dlse, scale_of(q, s), (s.window_left, s.window_right), s.softcap, s.deterministic)
+    launch.launch_varlen(tile, call, cu_seqlens_q, cu_seqlens_k, *(t.unsqueeze(0) for t in gradients))
+    return gradients
 
 
 def _bwd_fake(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *settings):
-    _checked_bwd(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, settings)
+    s = _checked_bwd(do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, settings)
     if q.device.type == "cuda":
-        kernel_config().backward_packed("attention_varlen_bwd")
+        _cuda_backward("attention_varlen_bwd", q, v, s)
     return meta.attention_varlen_bwd(q, k, v)
 
 

@@ -20,7 +20,7 @@ from .backward_output import PRELUDE as OUTPUT
 from .backward_output import ROWS, store
 from .forward_output import PACKED, panels
 from .backward_prepost import LINE, dq_pieces, dq_place
-from .backward_tiles import BATCH, END, FIELDS, GROUP, HEAD, KEY_BLOCK, KV_HEAD, KV_START, Q_START, S_Q, STEPS
+from .backward_tiles import BATCH, END, FIELDS, INNER, KEY_BLOCK, KV_HEAD, KV_START, Q_START, ROUND, S_Q, STEPS
 
 CONSUMERS = 256
 THREADS = 384
@@ -162,11 +162,11 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         high = T.alloc_fragment([ROWS], "int32")
         frags = SimpleNamespace(S=S, P=P, P_16=P_16, dP=dP, dS=dS, dV=dV, dK=dK, dQ=(dQ_0, dQ_1), low=low, high=high)
         steps = T.alloc_var("int32")
-        group = T.alloc_var("int32")
+        inner = T.alloc_var("int32")
         plain = T.alloc_var("int32")
         edge = T.alloc_var("int32")
-        steps = at[STEPS]
-        group = at[GROUP]
+        steps = at[ROUND]
+        inner = at[INNER]
         queries, keys = where.lengths(at)
         n0 = at[KEY_BLOCK] * block_N
         T.fill(dV, 0)
@@ -176,24 +176,27 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         if packed:
             if n0 + block_N > keys:
                 clear_keys(keys - n0, smem)
-        # From step `plain` on, as long as `edge` is not reached, every query sees every key of the block
+        # From step `plain` of a round on, as long as `edge` is not reached, every query sees every key of the block
         plain = 0
         edge = steps
         if mask == "window":
-            plain = (at[END] - T.floordiv(n0 + queries - keys + call.left + 1, block_M)) * group
+            plain = (at[END] - T.floordiv(n0 + queries - keys + call.left + 1, block_M)) * inner
             plain = T.min(T.max(plain, 0), steps)
         if mask != "full":
-            edge = (at[END] - T.ceildiv(n0 + block_N - 1 + queries - keys - call.right, block_M)) * group
+            edge = (at[END] - T.ceildiv(n0 + block_N - 1 + queries - keys - call.right, block_M)) * inner
             edge = T.max(T.min(edge, steps), plain)
         if mask != "causal":
             edge = T.if_then_else(n0 + block_N > keys, plain, edge)
-        if mask == "window":
-            for u in T.serial(plain):
-                step(w, u, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
-        for u in T.serial(plain, edge):
-            step(w, u, at[END] - 1 - T.truncdiv(u, group), False, at, where, smem, bars, frags, call)
-        for u in T.serial(edge, steps):
-            step(w, u, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
+        turn = T.alloc_var("int32", init=0)
+        while turn < at[STEPS]:
+            if mask == "window":
+                for u in T.serial(plain):
+                    step(w, turn + u, at[END] - 1 - T.truncdiv(u, inner), True, at, where, smem, bars, frags, call)
+            for u in T.serial(plain, edge):
+                step(w, turn + u, at[END] - 1 - T.truncdiv(u, inner), False, at, where, smem, bars, frags, call)
+            for u in T.serial(edge, steps):
+                step(w, turn + u, at[END] - 1 - T.truncdiv(u, inner), True, at, where, smem, bars, frags, call)
+            turn = turn + steps
         for i, j in T.Parallel(ROWS, D):
             dK[i, j] *= call.scale
         store(form, w, block_N, at, call, frags, smem, dK_out, dV_out, (strides["dK"][1], strides["dV"][1]), (D, D_v), EXCHANGE, CONSUMERS)
@@ -202,19 +205,17 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     def producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars):
         batch, kv_head = at[BATCH], at[KV_HEAD]
         key = at[KEY_BLOCK] * block_N + (at[KV_START] if packed else 0)
-        group = T.alloc_var("int32")
         steps = T.alloc_var("int32")
         m = T.alloc_var("int32")
         head = T.alloc_var("int32")
         row = T.alloc_var("int32")
         place = T.alloc_var("int32")
-        group = at[GROUP]
         steps = at[STEPS]
         T.tma_copy(K[batch, key : key + block_N, kv_head, :], smem.K, barrier=bars.k_full)
         T.mbarrier_arrive(bars.k_full)
         for turn in T.unroll(0, steps, unroll_factor=1):
-            m = at[END] - 1 - T.truncdiv(turn, group)
-            head = at[HEAD] + T.truncmod(turn, group)
+            head = where.step(at, turn)[0]
+            m = where.step(at, turn)[1]
             row = m * block_M + (at[Q_START] if packed else 0)
             place = where.tile(at, head, m)
             stage = turn % stages
@@ -238,14 +239,12 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     @T.macro
     def adder(w, dQ_sum, TURN, at, where, smem, bars, call):
         """Every second step's dQ: so that one sum's way to memory, about as long as a step, runs beside the other's."""
-        group = T.alloc_var("int32")
         m = T.alloc_var("int32")
         place = T.alloc_var("int32")
         rank = T.alloc_var("int32")
-        group = at[GROUP]
         for t in T.unroll(0, T.truncdiv(at[STEPS] + 1 - w, 2), unroll_factor=1):
-            m = at[END] - 1 - T.truncdiv(2 * t + w, group)
-            place = where.tile(at, at[HEAD] + T.truncmod(2 * t + w, group), m)
+            m = where.step(at, 2 * t + w)[1]
+            place = where.tile(at, where.step(at, 2 * t + w)[0], m)
             rank = where.rank(at, m)
             T.call_extern("handle", "gqa::await_turn", T.address_of(TURN[place + 1]), T.min(rank, call.patience))
             T.mbarrier_wait_parity(bars.dq_full[w], t % 2)
@@ -259,7 +258,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
                 T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
 
     @T.macro
-    def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, head_parts, query_parts, width, patience):
+    def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, head_parts, query_parts, width, inner, patience):
         prelude = tile.PRELUDE + backward_tiles.PRELUDE + OUTPUT + (PACKED if packed else "")
         blocks = H_kv * B * key_blocks * head_parts * query_parts
         with T.Kernel(blocks, threads=THREADS, prelude=prelude):
@@ -289,7 +288,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             sizes = {"B": B, "H_q": H_q, "H_kv": H_kv, "rows_q": rows_q, "rows_kv": rows_kv, "columns": B * H_kv}
             numbers = {"scale": scale, "cap": cap, "left": left, "right": right}
             blocks_of = {"head_tiles": head_tiles, "key_blocks": key_blocks, "head_parts": head_parts, "query_parts": query_parts}
-            call = SimpleNamespace(**sizes, **numbers, **blocks_of, width=width, patience=patience)
+            call = SimpleNamespace(**sizes, **numbers, **blocks_of, width=width, inner=inner, patience=patience)
             where = backward_tiles.schedule(form, mask, block_M, block_N, call)
             thread = T.get_thread_binding()
             if thread == 0:
@@ -343,8 +342,9 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         head_parts: T.int32,
         query_parts: T.int32,
         width: T.int32,
+        inner: T.int32,
         patience: T.int32,
     ):
-        kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, head_parts, query_parts, width, patience)
+        kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, head_parts, query_parts, width, inner, patience)
 
     return attention_bwd

@@ -60,6 +60,8 @@ class Call(NamedTuple):
 
 # KV heads, of whatever batch, that go longest-first together: so many share the L2 cache well, measured
 _WIDTH = 16
+# From so many queries on the heads of a group go one after the other: less of Q, dO and dQ is at work at a time, so the L2 cache holds it
+_LONG = 16384
 # How many key blocks' sums a block waits for at most before it adds its own to dQ: the first, which sets it, or all before it
 _PATIENCE = {False: 1, True: 2**31 - 1}
 
@@ -110,10 +112,11 @@ def _run(
     preprocess, main, postprocess, *combine = compiled(cfg, q.dtype, call.dlse is not None)
     sums = _partial(dk, dv, parts[0] * parts[1]) if combine else (dk, dv)
     if offsets:
-        preprocess(out, rows, lse, dlse, *offsets, space.lse2, space.delta, space.turns, space.table, right, head_tiles)
+        preprocess(out, rows, lse, dlse, *offsets, space.lse2, space.delta, space.turns, space.table, k.shape[1], right, head_tiles)
     else:
         preprocess(out, rows, lse, dlse, space.lse2, space.delta, space.turns)
-    order = head_tiles, key_blocks, *parts, min(_WIDTH, k.shape[0] * k.shape[2]), _PATIENCE[call.deterministic]
+    inner = 1 if q.shape[1] >= _LONG else q.shape[2]
+    order = head_tiles, key_blocks, *parts, min(_WIDTH, k.shape[0] * k.shape[2]), inner, _PATIENCE[call.deterministic]
     main(q, k, v, do, space.lse2, space.delta, space.dq, space.turns, space.table, *sums, call.scale, call.softcap, left, right, *order)
     if offsets:
         postprocess(space.dq, space.turns, offsets[0], dq, call.scale, head_tiles)

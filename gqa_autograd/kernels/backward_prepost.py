@@ -5,7 +5,7 @@ from typing import NamedTuple
 import tilelang
 import tilelang.language as T
 
-from . import backward_tiles, tile
+from . import backward_packed, backward_tiles, tile
 
 # dQ is summed in 8 x 8 blocks, 32 columns a row of 256: a warp's 64-bit stores to shared memory are then 256 contiguous bytes
 LINE = 256
@@ -46,6 +46,14 @@ def build_preprocess(dtype, has_dlse, packed, D_v, block_M, block_N):
     B, rows_q, H_q, tiles, turns, offsets, entries = (T.dynamic(name) for name in names)
 
     @T.macro
+    def clear_turns(TURN, place):
+        """Of a tile and, by the first, the next ticket."""
+        if T.get_thread_binding() == 0:
+            TURN[place + 1] = 0
+            if place == 0:
+                TURN[0] = 0
+
+    @T.macro
     def rows_of(O, dO, LSE, dLSE, LSE2, DELTA, b, h, place, row0, count):
         """The tile `place`: `count` queries from row0 on."""
         o = T.alloc_fragment([block_M, D_v], dtype)
@@ -72,23 +80,61 @@ def build_preprocess(dtype, has_dlse, packed, D_v, block_M, block_N):
                 LSE2[place, i] = T.infinity("float32")
                 DELTA[place, i] = 0.0
 
-    @T.prim_func
-    def attention_bwd_preprocess(
-        O: T.Tensor([B, rows_q, H_q, D_v], dtype),
-        dO: T.Tensor([B, rows_q, H_q, D_v], dtype),
-        LSE: T.Tensor([B, H_q, rows_q], "float32"),
-        dLSE: T.Tensor([B, H_q, rows_q], "float32"),
-        LSE2: T.Tensor([tiles, block_M], "float32"),
-        DELTA: T.Tensor([tiles, block_M], "float32"),
-        TURN: T.Tensor([turns], "int32"),
-    ):
-        with T.Kernel(H_q, T.ceildiv(rows_q, block_M), B, threads=256) as (h, m, b):
-            place = (b * H_q + h) * T.ceildiv(rows_q, block_M) + m
-            if T.get_thread_binding() == 0:
-                TURN[place + 1] = 0
-                if place == 0:
-                    TURN[0] = 0
-            rows_of(O, dO, LSE, dLSE, LSE2, DELTA, b, h, place, m * block_M, rows_q - m * block_M)
+    if packed:
+
+        @T.prim_func
+        def attention_bwd_preprocess(
+            O: T.Tensor([B, rows_q, H_q, D_v], dtype),
+            dO: T.Tensor([B, rows_q, H_q, D_v], dtype),
+            LSE: T.Tensor([B, H_q, rows_q], "float32"),
+            dLSE: T.Tensor([B, H_q, rows_q], "float32"),
+            cu_q: T.Tensor([offsets], "int32"),
+            cu_k: T.Tensor([offsets], "int32"),
+            LSE2: T.Tensor([tiles, block_M], "float32"),
+            DELTA: T.Tensor([tiles, block_M], "float32"),
+            TURN: T.Tensor([turns], "int32"),
+            TABLE: T.Tensor([entries, backward_tiles.ROW], "int32"),
+            rows_kv: T.int32,
+            right: T.int32,
+            head_tiles: T.int32,
+        ):
+            # One thread block more than tiles, and it comes first, since it takes longest
+            with T.Kernel(H_q, head_tiles + 1, threads=256, prelude=backward_packed.PRELUDE) as (h, m):
+                starts = T.alloc_shared([backward_packed.CLASSES + 1], "int32")
+                if m == 0:
+                    if h == 0:
+                        T.call_extern(
+                            "handle",
+                            "gqa::list_key_blocks",
+                            *(T.address_of(first) for first in (TABLE[0, 0], starts[0], cu_q[0], cu_k[0])),
+                            *(offsets - 1, rows_q, rows_kv, right, block_M, block_N, entries),
+                        )
+                else:
+                    place = h * head_tiles + m - 1
+                    clear_turns(TURN, place)
+                    n = T.call_extern("int32", "gqa::sequence_of", T.address_of(cu_q[0]), offsets - 1, rows_q, block_M, m - 1)
+                    first = T.call_extern("int32", "gqa::first_tile", T.address_of(cu_q[0]), n, rows_q, block_M)
+                    count = T.call_extern("int32", "gqa::tokens_of", T.address_of(cu_q[0]), n, offsets - 1, rows_q) - (m - 1 - first) * block_M
+                    start = T.call_extern("int32", "gqa::offset", T.address_of(cu_q[0]), n, rows_q) + (m - 1 - first) * block_M
+                    if n < offsets - 1 and first <= m - 1 and count > 0:
+                        rows_of(O, dO, LSE, dLSE, LSE2, DELTA, 0, h, place, start, count)
+
+    else:
+
+        @T.prim_func
+        def attention_bwd_preprocess(
+            O: T.Tensor([B, rows_q, H_q, D_v], dtype),
+            dO: T.Tensor([B, rows_q, H_q, D_v], dtype),
+            LSE: T.Tensor([B, H_q, rows_q], "float32"),
+            dLSE: T.Tensor([B, H_q, rows_q], "float32"),
+            LSE2: T.Tensor([tiles, block_M], "float32"),
+            DELTA: T.Tensor([tiles, block_M], "float32"),
+            TURN: T.Tensor([turns], "int32"),
+        ):
+            with T.Kernel(H_q, T.ceildiv(rows_q, block_M), B, threads=256) as (h, m, b):
+                place = (b * H_q + h) * T.ceildiv(rows_q, block_M) + m
+                clear_turns(TURN, place)
+                rows_of(O, dO, LSE, dLSE, LSE2, DELTA, b, h, place, m * block_M, rows_q - m * block_M)
 
     return attention_bwd_preprocess
 
@@ -96,7 +142,7 @@ def build_preprocess(dtype, has_dlse, packed, D_v, block_M, block_N):
 @tilelang.jit(pass_configs=tile.FAST_MATH, target=tile.TARGET)
 def build_postprocess(dtype, packed, D, block_M):
     """dQ = scale dQ_sum, out of its 8 x 8 blocks and cast; 0 where no key block has added."""
-    B, rows_q, H_q, tiles, turns = (T.dynamic(name) for name in ("B", "rows_q", "H_q", "tiles", "turns"))
+    B, rows_q, H_q, tiles, turns, offsets = (T.dynamic(name) for name in ("B", "rows_q", "H_q", "tiles", "turns", "offsets"))
     pieces = [piece for of_warpgroup in dq_pieces(block_M, D) for piece in of_warpgroup]
 
     @T.macro
@@ -120,17 +166,38 @@ def build_postprocess(dtype, packed, D, block_M):
                 if i < count:
                     dQ[batch, row0 + i, head, j] = T.cast(0, dtype)
 
-    @T.prim_func
-    def attention_bwd_postprocess(
-        dQ_sum: T.Tensor([tiles, block_M * D // LINE, LINE], "float32"),
-        TURN: T.Tensor([turns], "int32"),
-        dQ: T.Tensor([B, rows_q, H_q, D], dtype),
-        scale: T.float32,
-    ):
-        with T.Kernel(H_q, T.ceildiv(rows_q, block_M), B, threads=256) as (h, m, b):
-            # Last first: the main kernel's last tiles may still be in the L2 cache
-            last = (B - 1 - b) * H_q + H_q - 1 - h
-            place = last * T.ceildiv(rows_q, block_M) + m
-            convert(dQ_sum, TURN, dQ, scale, place, B - 1 - b, H_q - 1 - h, m * block_M, rows_q - m * block_M)
+    if packed:
+
+        @T.prim_func
+        def attention_bwd_postprocess(
+            dQ_sum: T.Tensor([tiles, block_M * D // LINE, LINE], "float32"),
+            TURN: T.Tensor([turns], "int32"),
+            cu_q: T.Tensor([offsets], "int32"),
+            dQ: T.Tensor([B, rows_q, H_q, D], dtype),
+            scale: T.float32,
+            head_tiles: T.int32,
+        ):
+            with T.Kernel(H_q, head_tiles, threads=256, prelude=backward_packed.PRELUDE) as (h, m):
+                n = T.call_extern("int32", "gqa::sequence_of", T.address_of(cu_q[0]), offsets - 1, rows_q, block_M, m)
+                first = T.call_extern("int32", "gqa::first_tile", T.address_of(cu_q[0]), n, rows_q, block_M)
+                count = T.call_extern("int32", "gqa::tokens_of", T.address_of(cu_q[0]), n, offsets - 1, rows_q) - (m - first) * block_M
+                start = T.call_extern("int32", "gqa::offset", T.address_of(cu_q[0]), n, rows_q) + (m - first) * block_M
+                if first <= m and count > 0:
+                    convert(dQ_sum, TURN, dQ, scale, h * head_tiles + m, 0, h, start, count)
+
+    else:
+
+        @T.prim_func
+        def attention_bwd_postprocess(
+            dQ_sum: T.Tensor([tiles, block_M * D // LINE, LINE], "float32"),
+            TURN: T.Tensor([turns], "int32"),
+            dQ: T.Tensor([B, rows_q, H_q, D], dtype),
+            scale: T.float32,
+        ):
+            with T.Kernel(H_q, T.ceildiv(rows_q, block_M), B, threads=256) as (h, m, b):
+                # Last first: the main kernel's last tiles may still be in the L2 cache
+                last = (B - 1 - b) * H_q + H_q - 1 - h
+                place = last * T.ceildiv(rows_q, block_M) + m
+                convert(dQ_sum, TURN, dQ, scale, place, B - 1 - b, H_q - 1 - h, m * block_M, rows_q - m * block_M)
 
     return attention_bwd_postprocess

@@ -1,7 +1,7 @@
 """Where a thread block of the backward works, and in which order blocks add to dQ: for dense, packed and split calls.
 
-A thread block owns block_N keys of one KV head, a key block, and passes by the query blocks that see them, the last ones first, each with
-all heads of the group: step u is head u % G of query block `end - 1 - u / G`. Key blocks go to thread blocks by ticket, the first of a
+A thread block owns block_N keys of one KV head, a key block, and passes by the query blocks that see them, the last ones first, either each
+with all heads of the group or, for long sequences, all with one head after the other. Key blocks go to thread blocks by ticket, the first of a
 sequence first, which under a causal mask are seen most. The first to add to a tile of dQ sets it, so nobody clears the workspace; the
 others wait for it or, in a deterministic call, for all before them. So nobody waits for a block that has not started, and since all go the
 same way through the queries, hardly anybody waits (docs/design/0006). Dense: sequences are batches. Packed: the preprocessing kernel leaves
@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import tilelang.language as T
 
 # What a thread block leaves for its threads in shared memory. TILE: the workspace's tile of the sequence's first queries in head 0;
-# HEAD, GROUP: the first of its query heads, and how many; END: behind its last query block
-BATCH, KV_HEAD, KEY_BLOCK, PART, TILE, HEAD, GROUP, END, STEPS, Q_START, S_Q, KV_START, S_KV = range(13)
-FIELDS = 13
+# HEAD: the first of its query heads; INNER: so many at once; END: behind its last query block; ROUND: steps until the next heads
+BATCH, KV_HEAD, KEY_BLOCK, PART, TILE, HEAD, INNER, END, ROUND, STEPS, Q_START, S_Q, KV_START, S_KV = range(14)
+FIELDS = 14
 # A row of the table of a packed call's key blocks, longest first. The rows left over share the keys of no sequence, which no query sees
 ROW_Q_START, ROW_S_Q, ROW_KV_START, ROW_S_KV, ROW_KEY_BLOCK, ROW_TILE = range(6)
 ROW = 6
@@ -110,8 +110,9 @@ def schedule(form, mask, block_M, block_N, call) -> SimpleNamespace:
             part = T.truncmod(at[PART], call.head_parts)
             at[HEAD] = at[HEAD] + T.truncdiv(group * part, call.head_parts)
             group = T.truncdiv(group * (part + 1), call.head_parts) - T.truncdiv(group * part, call.head_parts)
-        at[GROUP] = group
         at[END] = end
+        at[INNER] = T.min(call.inner, group)
+        at[ROUND] = T.max(end - first, 0) * at[INNER]
         at[STEPS] = T.max(end - first, 0) * group
 
     @T.macro
@@ -128,8 +129,14 @@ def schedule(form, mask, block_M, block_N, call) -> SimpleNamespace:
         S_q, S_kv = lengths(at)
         return at[KEY_BLOCK] - T.max(T.floordiv(m * block_M + S_kv - S_q - call.left, block_N), 0)
 
+    def step(at, u):
+        """(query head, query block) of step u."""
+        inside = T.truncmod(u, at[ROUND])
+        head = at[HEAD] + T.truncdiv(u, at[ROUND]) * at[INNER] + T.truncmod(inside, at[INNER])
+        return head, at[END] - 1 - T.truncdiv(inside, at[INNER])
+
     def tile(at, head, m):
         """Of query block m of a query head in the workspace."""
         return at[TILE] + head * call.head_tiles + m
 
-    return SimpleNamespace(settle=settle, lengths=lengths, rank=rank, tile=tile)
+    return SimpleNamespace(settle=settle, lengths=lengths, rank=rank, step=step, tile=tile)
