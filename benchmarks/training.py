@@ -4,7 +4,7 @@ benchmarks/results/<gpu>/training_speed.jsonl.
     python -m benchmarks.training --attention ours cudnn flex --lengths 2048 8192 32768
     python -m benchmarks.training --attention ours --lengths 8192 32768 --checkpointing none full selective budget
 
-The model has four blocks of Llama 3 8B's shape (dim 4096, 32/8 heads, D 128; QK-norm, as in the example) and 873 M weights, float32 under
+The model has four blocks of Llama 3 8B's shape (dim 4096, 32/8 heads, D 128; QK-norm, as in the example) and 874 M weights, float32 under
 bfloat16 autocast; its vocabulary is bytes. A step is forward, loss, backward, clipping and AdamW on 32768 tokens, at every length. All
 contestants have the same weights, batches and optimizer; of each length they take turns, A B C, C B A, ..., and each turn begins anew from
 the first weights. Compilation comes before, in seconds of its own.

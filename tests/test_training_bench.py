@@ -87,12 +87,16 @@ def test_a_run_begins_anew():
     assert elsewhere.run(elsewhere.contestant("ours", "none"), 1).loss != first.loss
 
 
-def test_sdpa_kernel_and_flex_are_traced_whole(one_process):
-    """fullgraph, as on the GPU; there the gradient of flex is compiled too."""
+def test_sdpa_kernel_and_flex_are_traced_whole(one_process, monkeypatch):
+    """fullgraph, and the compiled graph has the operator of the backend that was asked for; on the GPU flex's gradient is compiled too."""
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    monkeypatch.setitem(training_model.OPERATORS, "cudnn", (flash, f"{flash}_backward"))
     here = bench()
-    math_ = one_process(here, "cudnn", "none", SDPBackend.MATH, "aot_eager")
+    for backend, count in ((SDPBackend.MATH, 0), (SDPBackend.FLASH_ATTENTION, LAYERS)):
+        contestant = one_process(here, "cudnn", "none", backend, "aot_eager")
+        loss = here.gradient(contestant, 0)
+        assert here.calls(contestant) == {"forward": count, "backward": count}
     flex = one_process(here, "flex", "none", compiler="aot_eager")
-    loss = here.gradient(math_, 0)
     with torch.no_grad():
         torch.testing.assert_close(training_model.loss_of(flex.forward, *here.batches[0]), loss, rtol=1e-5, atol=0)
 
@@ -279,7 +283,7 @@ def test_table_of_speeds():
     found = training_table.speeds([*old, *new])
     assert "| 16 x 2048 | 100,001, 50.0% | 90,001, 45.0% | no row |" in found
     assert "| S 32768 | no row | no row | no row |" in found
-    assert "873 M weights" in found
+    assert "874 M weights" in found
     assert "medians of 3 runs, at most 0.0% apart; commit abc." in found
     # Of runs with as many contestants the newest counts
     again = [{**one, "run": "b", "tokens_per_s": 2 * one["tokens_per_s"]} for one in new]
