@@ -280,6 +280,7 @@ def test_table_without_rows(tmp_path):
 def test_table_of_speeds():
     old = [row("ours", 2048, turn, 1.0, "old") for turn in range(3)]
     new = [row(who, 2048, turn, speed + turn) for who, speed in (("ours", 1e5), ("cudnn", 9e4)) for turn in range(3)]
+    new += [row("ours", 2048, turn, 1.0, recipe="full") for turn in range(3)]
     found = training_table.speeds([*old, *new])
     assert "| 16 x 2048 | 100,001, 50.0% | 90,001, 45.0% | no row |" in found
     assert "| S 32768 | no row | no row | no row |" in found
