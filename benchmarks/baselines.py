@@ -88,7 +88,7 @@ def ours_dense(case: Case, op: str, *tensors: Tensor) -> Contestant:
 def cudnn(case: Case, op: str, *tensors: Tensor) -> Contestant:
     if case.causal and case.S_q != case.S_kv:
         raise NoRow("torch's causal mask is top-left for cuDNN; aligned at the ends it would be a dense bias")
-    return _sdpa(case, op, tensors, SDPBackend.CUDNN_ATTENTION, _dotted(torch.backends.cudnn.version() or 0))
+    return _sdpa(case, op, tensors, SDPBackend.CUDNN_ATTENTION, dotted(torch.backends.cudnn.version() or 0))
 
 
 def fa2(case: Case, op: str, *tensors: Tensor) -> Contestant:
@@ -120,7 +120,7 @@ def _sdpa(case: Case, op: str, tensors: tuple[Tensor, ...], backend: SDPBackend,
     return contestant(attend, version, op, tensors, bhsd=True)
 
 
-def _dotted(version: int) -> str:
+def dotted(version: int) -> str:
     """cuDNN's 91900 is 9.19.0."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 

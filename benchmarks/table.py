@@ -63,7 +63,7 @@ def _dotted(version: str) -> str:
     return version if "." in version else f"{int(version) // 10000}.{int(version) // 100 % 100}.{int(version) % 100}"
 
 
-def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     written = [f"| {' | '.join(line)} |" for line in (head, *lines)]
     return "\n".join([written[0], "|---" * len(head) + "|", *written[1:]])
 
@@ -84,7 +84,7 @@ def first_mark(results: Path = RESULTS) -> str:
     for op, rows in runs.items():
         cells = (f"{tflops(rows, B, S, 'ours'):.0f} / {tflops(rows, B, S, 'cudnn'):.0f}" for B, S in shapes)
         lines.append((f"{op}, {rows[0]['metric']}, commit {rows[0]['commit']}", *cells))
-    return _grid((corner, *(f"B {B}, S {S}" for B, S in shapes)), lines)
+    return grid((corner, *(f"B {B}, S {S}" for B, S in shapes)), lines)
 
 
 def _cell(rows: list[Row], case: Case | Pack, contestant: str) -> str:
@@ -112,7 +112,7 @@ def peers(results: Path = RESULTS) -> str:
     ]
     head = (f"{_told(rows, 'forward')}: B, S_q, S_kv, heads, D; TFLOP/s", *(LABELS[who] for who in others))
     head += ("fp16: ours", "cuDNN") if rows16 else ()
-    return _grid(head, lines)
+    return grid(head, lines)
 
 
 def varlen(results: Path = RESULTS) -> str:
@@ -126,7 +126,7 @@ def varlen(results: Path = RESULTS) -> str:
 
     lines = [(f"{N} documents, {kind}", *(cell(pack) for pack in packs.of_shape(kind, N))) for kind, N in packs.SHAPES]
     corner = f"{_told(rows, 'packed, causal, 32/8 heads, D 128')}: TFLOP/s, ours / ours dense at equal FLOPs (ratio) / FA2"
-    return _grid((corner, *(f"{T // 1024}k tokens" for T in packs.TOKENS)), lines)
+    return grid((corner, *(f"{T // 1024}k tokens" for T in packs.TOKENS)), lines)
 
 
 def small_grids(results: Path = RESULTS) -> str:
@@ -146,7 +146,7 @@ def small_grids(results: Path = RESULTS) -> str:
         for form, (keys, causal) in forms.items()
     ]
     corner = f"{_told(rows, 'B 1, D 128')}: µs, ours / cuDNN"
-    return _grid((corner, *(f"S_q {S}" for S in cases.SMALL)), lines)
+    return grid((corner, *(f"S_q {S}" for S in cases.SMALL)), lines)
 
 
 def lse(results: Path = RESULTS) -> str:

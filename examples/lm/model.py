@@ -1,5 +1,6 @@
 """A small Llama-like language model: RMSNorm, gqa_autograd.nn.GQAttention with RoPE, SwiGLU, tied embeddings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,12 @@ from gqa_autograd.flops import visible_pairs
 from gqa_autograd.nn import GQAttention
 
 ROPE_THETA = 10_000.0
+PEAK_FLOPS = 989e12  # bfloat16, dense: data sheets of the H100 SXM and the H200
+
+# Causal attention of q [B, S, H_q, D] and k, v [B, S, H_kv, D], each token up to its own position
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# call(block, x) gives block(x)
+Call = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,24 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Attending(nn.Module):
+    """A function as the child `attention` of GQAttention: without parameters, so weights, projections and RoPE stay as they are."""
+
+    def __init__(self, attend: Attend):
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        return self.attend(q, k, v)
+
+
 class Block(nn.Module):
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, attend: Attend | None = None):
         super().__init__()
         self.attention_norm = nn.RMSNorm(shape.dim, eps=1e-5)
         self.attention = GQAttention(shape.dim, shape.heads, shape.kv_heads, qk_norm=shape.qk_norm, rope=ROPE_THETA, causal=True)
+        if attend is not None:
+            self.attention.set_submodule("attention", Attending(attend))
         self.mlp_norm = nn.RMSNorm(shape.dim, eps=1e-5)
         self.mlp = SwiGLU(shape.dim)
 
@@ -52,13 +72,16 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Tokens [B, S] -> logits [B, S, vocabulary], each of the tokens up to its own position."""
+    """Tokens [B, S] -> logits [B, S, vocabulary], each of the tokens up to its own position.
 
-    def __init__(self, shape: Shape, vocabulary: int):
+    attend: the attention, in the place of GQAttention's own.
+    call: how a block is called; torch.utils.checkpoint.checkpoint with use_reentrant=False checkpoints each, see docs/training.md."""
+
+    def __init__(self, shape: Shape, vocabulary: int, attend: Attend | None = None, call: Call | None = None):
         super().__init__()
-        self.shape = shape
+        self.shape, self.call = shape, call
         self.embedding = nn.Embedding(vocabulary, shape.dim)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(Block(shape, attend) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.dim, eps=1e-5)
         self.reset_parameters()
 
@@ -68,34 +91,34 @@ class LanguageModel(nn.Module):
             if weight.dim() == 2:
                 added = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=0.02 * (2 * self.shape.layers) ** -0.5 if added else 0.02)
+            else:
+                nn.init.ones_(weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > self.shape.context:
             raise ValueError(f"LanguageModel: at most context={self.shape.context} tokens, got {tokens.shape[1]}")
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x) if self.call is None else self.call(block, x)
         return F.linear(self.norm(x), self.embedding.weight)
 
 
-class TorchAttention(nn.Module):
-    """The baseline: torch's own attention in the place of the one inside GQAttention. q, k, v are [B, S, H, D]."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-def use_torch_attention(model: nn.Module) -> None:
-    """Replace the child of every GQAttention that holds no parameters; weights, projections and RoPE stay as they are."""
-    for module in model.modules():
-        if isinstance(module, GQAttention):
-            module.set_submodule("attention", TorchAttention())
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The baseline: torch's own, by the backend that torch takes."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """On CUDA the weights stay float32 and the products run in bfloat16; on a CPU everything is float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def loss_of(model: Callable[[Tensor], Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of the next tokens, in nats."""
+    with autocast(tokens.device):
+        logits = model(tokens)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def train_flops_per_token(model: LanguageModel, seq_len: int) -> float:

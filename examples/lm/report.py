@@ -8,11 +8,9 @@ import torch
 
 from . import data
 from .log import Log
-from .model import train_flops_per_token
+from .model import PEAK_FLOPS, train_flops_per_token
 from .sample import sample
 from .trainer import Trainer
-
-PEAK_FLOPS = 989e12  # bfloat16, dense: data sheets of the H100 SXM and the H200
 
 
 def describe_speed(trainer: Trainer, tokens_per_s: float) -> str:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import checkpoint, data
-from .model import LanguageModel, autocast, use_torch_attention
+from .model import LanguageModel, loss_of, torch_attention
 from .settings import Settings
 
 WARMUP_STEPS = 30
@@ -33,6 +32,14 @@ def make_optimizer(model: torch.nn.Module, device: torch.device) -> torch.optim.
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
 
 
+def apply_gradient(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One step with the gradients that the weights hold, cut to a length of at most LARGEST_GRADIENT."""
+    torch.nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], LARGEST_GRADIENT)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
 class Trainer:
     """`gradient` may be broken off at any point: it leaves the state of `step` steps, which `update` then advances by one."""
 
@@ -43,9 +50,8 @@ class Trainer:
         self.corpus = data.load()
         torch.manual_seed(settings.seed)
         # Drawn on the CPU, so that the initial weights are the same on every device
-        self.model = LanguageModel(settings, data.VOCABULARY).to(device)
-        if settings.attention == "sdpa":
-            use_torch_attention(self.model)
+        attend = torch_attention if settings.attention == "sdpa" else None
+        self.model = LanguageModel(settings, data.VOCABULARY, attend).to(device)
         # Shares the weights with the plain module, which validates, samples and is saved: a second graph would take longer to compile
         self.train_model = torch.compile(self.model, fullgraph=True) if compiled else self.model
         self.optimizer = make_optimizer(self.model, device)
@@ -59,10 +65,7 @@ class Trainer:
         return loss.item()
 
     def update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings.lr, self.step)
-        self.optimizer.step()
+        apply_gradient(self.optimizer, learning_rate(self.settings.lr, self.step))
         self.step += 1
 
     @torch.no_grad()
@@ -72,10 +75,7 @@ class Trainer:
         return sum(self._loss(self.model, batch).item() for batch in batches) / len(batches)
 
     def _loss(self, model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-        tokens, targets = (t.to(self.device) for t in batch)
-        with autocast(self.device):
-            logits = model(tokens)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return loss_of(model, *(t.to(self.device) for t in batch))
 
     def save(self, path: Path) -> None:
         checkpoint.save(path, self.model, self.optimizer, self.step, self.settings)
