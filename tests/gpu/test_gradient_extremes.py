@@ -60,25 +60,21 @@ def test_lse_near_minus_120(form, sizes):
 def test_inputs_scaled_by_30(form, sizes, dtype):
     """Logits in the thousands: a key has all the weight, and where it has, dz is a difference of two equal sums. Nothing overflows.
 
-    Plain PyTorch is no measure there: its P is 1 and its error 0, or in float16 it overflows. The exact gradient is, to the rounding of out
-    in delta: an error of eps |do|·|out| in each dz, through the largest |k| or |q|; P's relative error from logits z is eps32 z."""
+    Plain PyTorch is no measure there: its P is 1 and its error 0, or in float16 it overflows. But out is rounded to eps before it comes to
+    delta, which leaves an error of eps |do|·|out| in dz. dq takes it times |k|; in dk those of up to G S_q rows meet, as their root."""
     case, module, (q, k, v, *rest) = of(form, sizes, dtype=dtype)
     with torch.no_grad():
         for t in (q, k, v):
             t.mul_(30)
-    ours = module.ours(case, q, k, v, *rest)
-    exact = module.exact(case, q, k, v, *rest)
-    eps = torch.finfo(dtype).eps
+    ours, exact = module.ours(case, q, k, v, *rest), module.exact(case, q, k, v, *rest)
+    eps, scale = torch.finfo(dtype).eps, sizes[0] ** -0.5
     dz = eps * (rest[0].double().abs() * exact.out.nan_to_num().abs()).sum(-1).max()
-    limits = {"dq": dz * k.double().abs().max(), "dk": 8 * dz * q.double().abs().max() * max(1, q.shape[-3] / k.shape[-3]) * 4}
-    scale = sizes[0] ** -0.5
-    for name, limit in limits.items():
+    rows = q.numel() / sizes[0] / k.shape[-2]
+    for name, limit in {"dq": dz * k.abs().max(), "dk": dz * q.abs().max() * rows**0.5, "dv": 0}.items():
         gradient, truth = getattr(ours, name).double(), getattr(exact, name)
         assert gradient.isfinite().all(), name
-        error = (gradient - truth).abs().max()
-        assert error <= 2 * scale * limit + 4 * eps * truth.abs().max(), f"{name}: {error:.3e}"
-    assert ours.dv.isfinite().all()
-    assert (ours.dv.double() - exact.dv).abs().max() <= 4 * eps * exact.dv.abs().max()
+        error, limit = (gradient - truth).abs().max(), scale * limit + 4 * eps * truth.abs().max()
+        assert error <= limit, f"{name}: {error:.3e} > {limit:.3e}"
 
 
 @DTYPES
