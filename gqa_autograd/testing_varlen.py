@@ -203,7 +203,7 @@ def assert_gradients(
         tensors = q[None, mine], k[None, theirs], v[None, theirs], do[None, mine]
         one = case.sequence(n)
         rounding = testing.vanishing(one, *tensors, None if dlse is None else dlse[None, :, mine])
-        parts = [sequence(case, result, n) for result in (ours, plain, exact)]
-        testing.assert_gradients(one, *(Result(*(t[None] for t in part)) for part in parts), rounding=rounding, of=f" of sequence {n}")
+        got, allowed, want = (Result(*(t[None] for t in sequence(case, result, n))) for result in (ours, plain, exact))
+        testing.assert_gradients(one, got, allowed, want, rounding, of=f" of sequence {n}")
     for name in ("dq", "dk", "dv"):
         assert not bool(getattr(tails(case, ours), name).any()), f"{name}: not 0 beyond the last offset"

@@ -18,7 +18,6 @@ from gqa_autograd.testing import Case, make
 from gqa_autograd.testing_varlen import PackedCase
 from gqa_autograd.testing_varlen import make as make_packed
 
-
 BOTH = {"window": (30, 5), "softcap": 15.0}
 
 
@@ -59,7 +58,7 @@ def packed(D: int) -> None:
 
 
 def nonsense() -> None:
-    """Offsets that fall, that are negative or lie beyond the tokens: nothing outside the tensors is read or written, in the backward too."""
+    """Offsets that fall, that are negative or lie beyond the tokens: nothing outside the tensors is touched, in the backward too."""
     q, k, v, do, *_ = make_packed(PackedCase((T,), (T,), 4, 2, 128), "cuda")
     for values in NONSENSE.values():
         cu_seqlens = (torch.tensor(offsets, dtype=torch.int32, device="cuda") for offsets in values)
