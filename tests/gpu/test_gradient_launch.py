@@ -51,7 +51,7 @@ def test_do_in_any_layout_gives_the_same_bits(sizes):
 @pytest.mark.parametrize("mask", ["full", "causal", "both"])
 @SIZES
 def test_every_feature_runs_on_the_same_kernels(sizes, mask, softcap):
-    """By their names, in both dtypes: nothing leaves the fast path, and no kernel of torch runs beside ours but for autograd's own."""
+    """By their names, in both dtypes: nothing leaves the fast path."""
     for dtype in (torch.bfloat16, torch.float16):
         q, k, v, do, out, _ = graph_of(of_size(sizes, 2, 600, 640, 16, 8, softcap=softcap, dtype=dtype, **MASKS[mask]))
         gradient = lambda out=out, q=q, k=k, v=v, do=do: torch.autograd.grad(out, (q, k, v), do, retain_graph=True)  # noqa: E731
