@@ -29,7 +29,7 @@ NoRow = optional.NoRow
 class Contestant(NamedTuple):
     """forward() gives out without autograd, backward() the gradients of q, k and v, on tensors prepared before; gradient() is backward as
     an eager user runs it. A contestant without a backward has None. bhsd: results are [B, H, S, D]. instead: what it computes, where that
-    is not the case of the row; its rate is then its own."""
+    is not the case of the row; its rate is then its own. deterministic: it promises the same bits from run to run."""
 
     forward: Callable[[], Tensor]
     backward: Callable[[], tuple[Tensor, ...]] | None
@@ -37,6 +37,7 @@ class Contestant(NamedTuple):
     version: str
     bhsd: bool = False
     instead: Case | None = None
+    deterministic: bool = False
 
 
 def differentiated(attend: Attend, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -67,6 +68,7 @@ def contestant(attend: Attend, version: str, op: str, tensors: tuple[Tensor, ...
 
 def ours(case: Case, op: str, *tensors: Tensor) -> Contestant:
     made = contestant(lambda q, k, v: gqa_autograd.attention(q, k, v, **case.options), gqa_autograd.__version__, op, tensors)
+    made = made._replace(deterministic=True)
     if op == "forward":
         return made
     q, k, v, do = (t.detach() for t in tensors)
@@ -78,7 +80,8 @@ def ours_lse(case: Case, op: str, *tensors: Tensor) -> Contestant:
     """The same with LSE, which a user of attention_with_lse has without gradients too."""
     if op != "forward":
         raise NoRow("a backward needs LSE, so ours has it")
-    return contestant(lambda q, k, v: gqa_autograd.attention_with_lse(q, k, v, **case.options)[0], gqa_autograd.__version__, op, tensors)
+    attend = lambda q, k, v: gqa_autograd.attention_with_lse(q, k, v, **case.options)[0]  # noqa: E731
+    return contestant(attend, gqa_autograd.__version__, op, tensors)._replace(deterministic=True)
 
 
 def ours_dense(case: Case, op: str, *tensors: Tensor) -> Contestant:

@@ -8,6 +8,7 @@ LENGTHS = (2048, 4096, 8192, 16384)
 PLOTTED = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 SMALL, SMALL_KEYS, SMALL_HEADS = (64, 128, 256, 512), 8192, ((8, 1), (32, 8))
+SMALL_TRAINING = (256, 512, 1024, 2048)
 
 
 def _llama(B: int, S_q: int, S_kv: int | None = None, **options) -> Case:
@@ -56,6 +57,15 @@ SETS = {
         for heads in SMALL_HEADS
         for S in SMALL
         for S_kv, causal in ((S, True), (SMALL_KEYS, True), (SMALL_KEYS, False))
+    ),
+    # The backward where there is little to share: one short sequence, few heads
+    "small-training": tuple(
+        Case(1, S, S, *heads, 128, causal=causal) for heads in SMALL_HEADS for causal in (True, False) for S in SMALL_TRAINING
+    ),
+    # Of window and softcap what a backward is measured on: Flex compiles each shape for ten seconds
+    "masked-training": (
+        *(_llama(16384 // S, S, window=(left, -1)) for S, left in ((4096, 255), (4096, 1023), (16384, 1023), (16384, 4095))),
+        *(_llama(16384 // S, S, softcap=50.0) for S in (2048, 8192)),
     ),
     # For the metrics host and graph: the device is done before the host is
     "tiny": (Case(1, 16, 16, 4, 2, 64, causal=True), Case(1, 16, 16, 4, 2, 128, causal=True), _llama(1, 128)),

@@ -23,9 +23,9 @@ Results = dict[str, Tensor]
 def error_ratio(case: Case | Pack, op: str) -> float:
     """The worst tensor's error over plain PyTorch's on a short twin of the case, which must pass the closeness rule."""
     softcap = isinstance(case, Case) and case.softcap > 0
-    mine, plain, exact = _packed(case.twin) if isinstance(case, Pack) else _dense(case, op)
+    mine, plain, exact = _packed(case.twin, op) if isinstance(case, Pack) else _dense(case, op)
     for name in mine:
-        testing.assert_no_worse(mine[name], plain[name], exact[name], name, softcap=softcap)
+        testing.assert_no_worse(mine[name], plain[name], exact[name], name, softcap=softcap, gradient=op == "backward")
     error = lambda x, name: (x[name].double() - exact[name]).abs().max()  # noqa: E731
     return max((error(mine, name) / error(plain, name)).item() for name in mine)
 
@@ -46,13 +46,18 @@ def _dense(case: Case, op: str) -> tuple[Results, Results, Results]:
     return mine, testing.plain(twin, *tensors)._asdict(), testing.exact(twin, *tensors)._asdict()
 
 
-def _packed(twin: Pack) -> tuple[Results, Results, Results]:
+def _packed(twin: Pack, op: str) -> tuple[Results, Results, Results]:
     args = testing_varlen.make(twin.case, "cuda")
     q, k, v, _, *cu_seqlens = args
-    with testing.poisoned(), torch.no_grad():
-        out = gqa_autograd.attention_varlen(q, k, v, *cu_seqlens, **twin.options)
-    plain, exact = (f(twin.case, *args).out for f in (testing_varlen.plain, testing_varlen.exact))
-    return {"out": out}, {"out": plain}, {"out": exact}
+    names = ("out",) if op == "forward" else ("dq", "dk", "dv")
+    with testing.poisoned():
+        if op == "forward":
+            with torch.no_grad():
+                mine = {"out": gqa_autograd.attention_varlen(q, k, v, *cu_seqlens, **twin.options)}
+        else:
+            mine = testing_varlen.ours(twin.case, *args)._asdict()
+    plain, exact = (f(twin.case, *args)._asdict() for f in (testing_varlen.plain, testing_varlen.exact))
+    return tuple({name: found[name] for name in names} for found in (mine, plain, exact))  # type: ignore[return-value]
 
 
 def results(contestant: Contestant, op: str) -> tuple[Tensor, ...]:

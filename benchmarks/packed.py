@@ -1,4 +1,4 @@
-"""The contestants for packs, forward only: q, k, v in [T, H, D] and cu_seqlens, which is made before and is not part of the call."""
+"""The contestants for packs: q, k, v in [T, H, D] and cu_seqlens, which is made before and is not part of the call."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import gqa_autograd
-from gqa_autograd import testing
+from gqa_autograd import ops_varlen, testing
 from gqa_autograd.testing_varlen import offsets
 
 from . import baselines, optional
@@ -14,36 +14,47 @@ from .baselines import Attend, Contestant, NoRow
 from .packs import Pack
 
 
+def _differentiable(make: Callable[[Pack, torch.device], tuple[Attend, str]]) -> Callable[..., Contestant]:
+    return lambda pack, op, *tensors: baselines.contestant(*make(pack, tensors[0].device), op, tensors)
+
+
 def _forward_only(make: Callable[[Pack, torch.device], tuple[Attend, str]]) -> Callable[..., Contestant]:
     def made(pack: Pack, op: str, *tensors: Tensor) -> Contestant:
         if op != "forward":
-            raise NoRow("packs are timed forward only")
+            raise NoRow("it has no backward")
         return baselines.contestant(*make(pack, tensors[0].device), op, tensors)
 
     return made
 
 
-@_forward_only
-def ours(pack: Pack, device: torch.device) -> tuple[Attend, str]:
-    starts, options = offsets(pack.lengths, device), pack.options
-    return lambda q, k, v: gqa_autograd.attention_varlen(q, k, v, starts, starts, **options), gqa_autograd.__version__
+def ours(pack: Pack, op: str, *tensors: Tensor) -> Contestant:
+    """As baselines.ours: the backward is the operator itself."""
+    starts = offsets(pack.lengths, tensors[0].device)
+    attend = lambda q, k, v: gqa_autograd.attention_varlen(q, k, v, starts, starts, **pack.options)  # noqa: E731
+    made = baselines.contestant(attend, gqa_autograd.__version__, op, tensors)._replace(deterministic=True)
+    if op == "forward":
+        return made
+    q, k, v, do = (t.detach() for t in tensors)
+    out, lse = gqa_autograd.attention_varlen_with_lse(q, k, v, starts, starts, **pack.options)
+    run = ops_varlen.attention_varlen_bwd
+    return made._replace(backward=lambda: run(do, q, k, v, out, lse, None, starts, starts, *pack.case.formula))
 
 
-@_forward_only
-def ours_lse(pack: Pack, device: torch.device) -> tuple[Attend, str]:
-    starts, options = offsets(pack.lengths, device), pack.options
-    return lambda q, k, v: gqa_autograd.attention_varlen_with_lse(q, k, v, starts, starts, **options)[0], gqa_autograd.__version__
+def ours_lse(pack: Pack, op: str, *tensors: Tensor) -> Contestant:
+    if op != "forward":
+        raise NoRow("a backward needs LSE, so ours has it")
+    starts, options = offsets(pack.lengths, tensors[0].device), pack.options
+    attend = lambda q, k, v: gqa_autograd.attention_varlen_with_lse(q, k, v, starts, starts, **options)[0]  # noqa: E731
+    return baselines.contestant(attend, gqa_autograd.__version__, op, tensors)._replace(deterministic=True)
 
 
 def ours_dense(pack: Pack, op: str, *tensors: Tensor) -> Contestant:
     """Our dense attention on the shape that the pack's rate is held against; its own tensors and FLOPs."""
-    if op != "forward":
-        raise NoRow("packs are timed forward only")
     own = testing.make(pack.dense, tensors[0].device)
     return baselines.ours(pack.dense, op, *own)._replace(instead=pack.dense)
 
 
-@_forward_only
+@_differentiable
 def fa2(pack: Pack, device: torch.device) -> tuple[Attend, str]:
     """The operator under torch.nn.attention.varlen.varlen_attn, which itself launches a fill more."""
     starts, longest = offsets(pack.lengths, device), max(pack.lengths)
@@ -59,8 +70,8 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "ours-lse": ours_lse,
     "ours-dense": ours_dense,
     "fa2": fa2,
-    "fa3": _forward_only(optional.fa3_packed),
-    "fa4": _forward_only(optional.fa4_packed),
+    "fa3": _differentiable(optional.fa3_packed),
+    "fa4": _differentiable(optional.fa4_packed),
     "flashinfer": _forward_only(optional.flashinfer_packed),
 }
 

@@ -144,8 +144,8 @@ def rows(case: Case | Pack, op: str, names: list[str], args: argparse.Namespace,
         figures_of = measured(case, op, contestants, args) if contestants else {}
     found = []
     for name, several in figures_of.items():
-        instead, version = contestants[name].instead, contestants[name].version
-        head = {"op": op, "case": described(case, name), "dtype": args.dtype, "deterministic": False, "contestant": name}
+        instead, version, same_bits = contestants[name].instead, contestants[name].version, contestants[name].deterministic
+        head = {"op": op, "case": described(case, name), "dtype": args.dtype, "deterministic": same_bits, "contestant": name}
         head |= {"instead": described(instead)} if instead else {}
         found += [{**head, **row, **ratios.get(name, {}), "peer_version": version, **common} for row in several]
     return found

@@ -19,6 +19,14 @@ RESULTS = Path(__file__).parent / "results" / "h200"
 METRICS = ("busy", "span")
 CONTESTANTS = ("ours", "cudnn")
 LABELS = {"ours": "ours", "cudnn": "cuDNN", "fa2": "FA2", "flex": "Flex", "fa3": "FA3", "fa4": "FA4", "flashinfer": "FlashInfer"}
+# Of each shape the fastest backward that a peer was seen to have on an H200: TFLOP/s of bf16, measured once in one process with torch 2.11,
+# cuDNN 9.19, the FA3 of its time and FA4 for SM90, median of do_bench with the L2 cache flushed. Those that are not installed here stand in
+# no row of ours, so their figures are of another run; 586-597 is taken as 597
+_FASTEST = (
+    *((458, "FA4"), (616, "FA4"), (626, "FA4"), (415, "FA4"), (506, "FA3"), (558, "FA3"), (597, "FA3"), (562, "FA4"), (409, "FA4")),
+    *((156, "FA4"), (513, "FA4"), (427, "FA4"), (378, "cuDNN")),
+)
+BEST_BACKWARD = dict(zip(cases.SETS["peers"], _FASTEST, strict=True))
 
 
 def read(op: str, results: Path = RESULTS) -> list[Row]:
@@ -38,7 +46,7 @@ def newest(
     contestants: Sequence[str] = CONTESTANTS,
 ) -> list[Row]:
     """The rows of the newest run by the best metric that has all wanted shapes of these contestants; none if there is no such run."""
-    rows = read(op, results)
+    rows = read(op, results) if (results / f"{op}.jsonl").exists() else []
     for metric in METRICS:
         for run in reversed(dict.fromkeys(row["run"] for row in rows)):
             mine = [row for row in rows if row["run"] == run and row["metric"] == metric]
@@ -93,30 +101,36 @@ def _cell(rows: list[Row], case: Case | Pack, contestant: str) -> str:
     return f"{found['tflops']:.0f}" if found else "-"
 
 
-def peers(results: Path = RESULTS) -> str:
-    """The set peers: ours in both dtypes from their newest runs, and who else was in the run of bf16."""
+def peers(results: Path = RESULTS, op: str = "forward") -> str:
+    """The set peers: ours in both dtypes from their newest runs, who else was in the run of bf16, and of a backward the best of BEST."""
     shapes = cases.SETS["peers"]
-    rows = newest("forward", results, shapes, ["ours"])
+    rows = newest(op, results, shapes, ["ours"])
     if not rows:
         return ""
     halves = tuple(dataclasses.replace(case, dtype=torch.float16) for case in shapes)
-    rows16 = newest("forward", results, halves, ["ours"])
+    rows16 = newest(op, results, halves, ["ours"])
     others = [who for who in dict.fromkeys(r["contestant"] for r in rows) if who in LABELS]
+    best = op == "backward"
     lines = [
         (
             f"{c.B}, {c.S_q}, {c.S_kv}, {c.H_q}/{c.H_kv}, {c.D}{', causal' if c.causal else ''}",
             *(_cell(rows, c, who) for who in others),
+            *(f"{BEST_BACKWARD[c][0]} {BEST_BACKWARD[c][1]}" for _ in range(best)),
             *(_cell(rows16, half, who) for who in CONTESTANTS if rows16),
         )
         for c, half in zip(shapes, halves, strict=True)
     ]
-    head = (f"{_told(rows, 'forward')}: B, S_q, S_kv, heads, D; TFLOP/s", *(LABELS[who] for who in others))
+    head = (f"{_told(rows, op)}: B, S_q, S_kv, heads, D; TFLOP/s", *(LABELS[who] for who in others), *(["best peer, another run"] * best))
     head += ("fp16: ours", "cuDNN") if rows16 else ()
     return grid(head, lines)
 
 
-def varlen(results: Path = RESULTS) -> str:
-    rows = newest("forward", results, packs.PACKS, ["ours", "ours-dense"])
+def peers_backward(results: Path = RESULTS) -> str:
+    return peers(results, "backward")
+
+
+def varlen(results: Path = RESULTS, op: str = "forward") -> str:
+    rows = newest(op, results, packs.PACKS, ["ours", "ours-dense"])
     if not rows:
         return ""
 
@@ -125,8 +139,33 @@ def varlen(results: Path = RESULTS) -> str:
         return f"{ours:.0f} / {dense:.0f} ({ours / dense:.2f}) / {_cell(rows, pack, 'fa2')}"
 
     lines = [(f"{N} documents, {kind}", *(cell(pack) for pack in packs.of_shape(kind, N))) for kind, N in packs.SHAPES]
-    corner = f"{_told(rows, 'packed, causal, 32/8 heads, D 128')}: TFLOP/s, ours / ours dense at equal FLOPs (ratio) / FA2"
+    what = f"{'' if op == 'forward' else 'backward, '}packed, causal, 32/8 heads, D 128"
+    corner = f"{_told(rows, what)}: TFLOP/s, ours / ours dense at equal FLOPs (ratio) / FA2"
     return grid((corner, *(f"{T // 1024}k tokens" for T in packs.TOKENS)), lines)
+
+
+def varlen_backward(results: Path = RESULTS) -> str:
+    return varlen(results, "backward")
+
+
+def small_backward(results: Path = RESULTS) -> str:
+    """Times, as of the small grids of the forward."""
+    rows = newest("backward", results, cases.SETS["small-training"], ["ours"])
+    if not rows:
+        return ""
+
+    def cell(case: Case) -> str:
+        return " / ".join(f"{found['ms']['p50'] * 1e3:.1f}" if (found := find(rows, case, who)) else "-" for who in CONTESTANTS)
+
+    lines = [
+        (
+            f"{H_q}/{H_kv} heads, {'causal' if causal else 'full'}",
+            *(cell(Case(1, S, S, H_q, H_kv, 128, causal=causal)) for S in cases.SMALL_TRAINING),
+        )
+        for H_q, H_kv in cases.SMALL_HEADS
+        for causal in (True, False)
+    ]
+    return grid((f"{_told(rows, 'backward, B 1, D 128')}: µs, ours / cuDNN", *(f"S {S}" for S in cases.SMALL_TRAINING)), lines)
 
 
 def small_grids(results: Path = RESULTS) -> str:
@@ -163,7 +202,16 @@ def lse(results: Path = RESULTS) -> str:
     )
 
 
-TABLES: tuple[Callable[[Path], str], ...] = (first_mark, peers, lse, varlen, small_grids)
+TABLES: tuple[Callable[[Path], str], ...] = (
+    first_mark,
+    peers,
+    peers_backward,
+    lse,
+    varlen,
+    varlen_backward,
+    small_grids,
+    small_backward,
+)
 
 
 def tables(results: Path = RESULTS) -> list[str]:

@@ -189,3 +189,21 @@ def assert_untouched(case: PackedCase, ours: Result) -> None:
     """Under `testing.poisoned`: nobody wrote to the rows of out and lse that belong to no sequence."""
     for name in ("out", "lse"):
         assert bool(getattr(tails(case, ours), name).isnan().all()), f"{name}: written beyond the last offset"
+
+
+def assert_gradients(
+    case: PackedCase, ours: Result, plain: Result, exact: Result, args: tuple, dlse: Tensor | None = None, without: tuple[int, ...] = ()
+) -> None:
+    """testing.assert_gradients of each sequence but those in `without`, with what may be left where they vanish; 0 in the tails.
+
+    args: what `make` returned, before anything was spoiled."""
+    q, k, v, do, *_ = args
+    for n in (n for n in range(len(case.lengths_q)) if n not in without):
+        mine, theirs = case.slices[n]
+        tensors = q[None, mine], k[None, theirs], v[None, theirs], do[None, mine]
+        one = case.sequence(n)
+        rounding = testing.vanishing(one, *tensors, None if dlse is None else dlse[None, :, mine])
+        got, allowed, want = (Result(*(t[None] for t in sequence(case, result, n))) for result in (ours, plain, exact))
+        testing.assert_gradients(one, got, allowed, want, rounding, of=f" of sequence {n}")
+    for name in ("dq", "dk", "dv"):
+        assert not bool(getattr(tails(case, ours), name).any()), f"{name}: not 0 beyond the last offset"

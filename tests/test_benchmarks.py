@@ -1,6 +1,5 @@
 """The benchmark harness on a CPU: what is made of the trials; bounds, orders, contestants, rows, table, plot and help."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_tools import SMALL_PACK, fake_gpu, write
 
 import gqa_autograd
 from benchmarks import baselines, bounds, cases, measure, packed, plot, profiled, progress, rows, run, table, trace
-from benchmarks.packs import Pack
 from benchmarks.trace import Inconsistent, NoDeviceActivity
-from gqa_autograd import testing, testing_varlen
+from gqa_autograd import testing
 from gqa_autograd.testing import Case
 
 
@@ -115,8 +114,12 @@ def test_all_rows_names_sets_and_contestants_that_exist(tmp_path):
     script = Path(run.__file__).with_name("all_rows.sh")
     subprocess.run(["bash", str(script)], env=env, check=True, capture_output=True)
     parsed = [run.arguments(line.split()) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len(parsed) == 8
-    assert {"peers", "varlen", "small-grids", "lengths", "window", "softcap", "head-sizes", "tiny"} == {s for p in parsed for s in p.cases}
+    assert len(parsed) == 15
+    assert [p.ops for p in parsed] == [["forward"]] * 8 + [["backward"]] * 7
+    assert {"peers", "varlen", "small-grids", "lengths", "window", "softcap", "head-sizes", "tiny"} == {
+        s for p in parsed[:8] for s in p.cases
+    }
+    assert {"peers", "varlen", "small-training", "lengths", "head-sizes", "masked-training"} == {s for p in parsed[8:] for s in p.cases}
     assert {str(p.results) for p in parsed} == {"elsewhere"}
 
 
@@ -206,21 +209,7 @@ def test_progress_without_tqdm(monkeypatch, capsys):
 
 @pytest.fixture
 def without_gpu(monkeypatch):
-    """Everything of a run but the times: contestants on the CPU, each call 3 ms in 2 kernels."""
-    repetition = trace.Repetition(3_000_000, 3_100_000, 2)
-    for module in (testing, testing_varlen):
-        monkeypatch.setattr(module, "make", lambda case, device="cpu", seed=0, make=module.make: make(case, "cpu", seed))
-    monkeypatch.setattr(measure, "side_stream", contextlib.nullcontext)
-    monkeypatch.setattr(measure.Clocks, "row", lambda self: {"sm_mhz": 1980, "mem_mhz": 3201, "watts": 500})
-    times = {
-        "Flush": lambda: None,
-        "warm_up": lambda f: 100.0,
-        "lead_us": lambda f: 0.0,
-        "graph_us": lambda f, replays=10: [3050.0] * replays,
-    }
-    times |= {"checked_trial": lambda f, flush, lead, count, clocks: [repetition] * count, "host_us": lambda f: [40.0, 41.0]}
-    for name, value in times.items():
-        monkeypatch.setattr(profiled, name, value)
+    fake_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
@@ -247,9 +236,6 @@ def test_a_wrong_result_prints_no_number(without_gpu, monkeypatch):
     monkeypatch.setattr(gqa_autograd, "attention", lambda *x, **options: right(*x, **{**options, "causal": False}))
     with pytest.raises(AssertionError, match="out: max error"):
         run.rows(Case(1, 64, 64, 4, 4, 32, causal=True), "forward", ["ours"], args, {}, lambda line: None)
-
-
-SMALL_PACK = Pack("any", (50, 1, 77), 4, 2, 64)
 
 
 def test_rows_of_a_pack(without_gpu):
@@ -304,21 +290,6 @@ def test_a_run_that_is_stopped_keeps_its_rows(without_gpu, monkeypatch, tmp_path
 
 
 # --- what is made of the rows ---
-def write(folder, op, runs, dtype="bfloat16"):
-    """runs: (id, metric, set, contestants). The n-th contestant of a run takes n µs more."""
-    folder.mkdir(exist_ok=True)
-    lines = [
-        {"op": op, "contestant": who, "run": name, "metric": metric, "case": rows.described(case, who), "dtype": dtype}
-        | {"tflops": 100.0 + number, "gpu": "NVIDIA H200", "commit": name, "peer_version": "9.19.0"}
-        | {"ms": {"p50": (100 + place) / 1e3}}
-        for number, (name, metric, group, contestants) in enumerate(runs)
-        for case in cases.EVERY[group]
-        for place, who in enumerate(contestants)
-    ]
-    with (folder / f"{op}.jsonl").open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
 def test_table_takes_the_newest_whole_run_of_the_newest_metric(tmp_path):
     both = ("ours", "cudnn")
     old, new = ("old", "span", "first-mark", both), ("new", "busy", "first-mark", both)

@@ -83,6 +83,47 @@ def test_keys_split_anywhere_merge_to_the_whole(case, cut):
 
 
 @quick
+@given(cases(), st.integers(1, 8))
+def test_gradients_of_key_blocks_sum_to_the_whole(case, cut):
+    """A ring: attention_bwd of a part of the keys with the out and lse of all. dq adds up, dk and dv lie side by side."""
+    assume(cut < case.S_kv)
+    case = dataclasses.replace(case, window=(-1, -1))
+    q, k, v, do = testing.make(case)
+    dlse = torch.randn(case.B, case.H_q, case.S_q, dtype=torch.float64)
+    whole = testing.ours(case, q, k, v, do, dlse)
+    _, right, scale, softcap = case.formula
+    with torch.no_grad():
+        rows = do, q, k[:, :cut], v[:, :cut], whole.out, whole.lse, dlse
+        first = torch.ops.gqa_autograd.attention_bwd(*rows, -1, case.S_kv - cut if case.causal else -1, scale, softcap)
+        rows = do, q, k[:, cut:], v[:, cut:], whole.out, whole.lse, dlse
+        second = torch.ops.gqa_autograd.attention_bwd(*rows, -1, right, scale, softcap)
+    same(first[0] + second[0], whole.dq)
+    for a, b, gradient in zip(first[1:], second[1:], (whole.dk, whole.dv), strict=True):
+        same(torch.cat((a, b), 1), gradient)
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(2, 6)), min_size=1, max_size=4), st.integers(1, 2), st.booleans())
+def test_gradients_of_packed_key_blocks_sum_to_the_whole(lengths, last, causal):
+    """The same of packed sequences, whose last keys are the second block."""
+    lengths_q, lengths_kv = zip(*lengths, strict=True)
+    case = testing_varlen.PackedCase(lengths_q, lengths_kv, 4, 2, 3, causal=causal, dtype=torch.float64, D_v=2)
+    q, k, v, do, cu_q, _ = args = testing_varlen.make(case)
+    whole = testing_varlen.ours(case, *args)
+    blocks = [range(b.start, b.stop - last) for _, b in case.slices], [range(b.stop - last, b.stop) for _, b in case.slices]
+    dq, dk, dv = torch.zeros_like(whole.dq), torch.full_like(whole.dk, math.nan), torch.full_like(whole.dv, math.nan)
+    for right, theirs in zip((last if causal else -1, 0 if causal else -1), blocks, strict=True):
+        keys = torch.tensor([j for block in theirs for j in block], dtype=torch.long)
+        cu_k = testing_varlen.offsets(tuple(map(len, theirs)))
+        rows = do, q.detach(), k.detach()[keys], v.detach()[keys], whole.out, whole.lse, None, cu_q, cu_k
+        part = torch.ops.gqa_autograd.attention_varlen_bwd(*rows, -1, right)
+        dq += part[0]
+        dk[keys], dv[keys] = part[1:]
+    for a, b in zip((dq, dk, dv), whole[2:], strict=True):
+        same(a, b)
+
+
+@quick
 @given(cases())
 def test_grouped_heads_are_repeated_heads(case):
     """Query head h reads KV head h // G; the gradient of a KV head is the sum over its group."""

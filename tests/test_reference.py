@@ -242,6 +242,58 @@ def test_the_factor_of_the_rule(error, softcap, good):
         testing.assert_no_worse((exact + 0.9e-2).float(), plain, exact, "x")
 
 
+@pytest.mark.parametrize(
+    ("error", "softcap", "gradient", "good"), [(2.8e-4, 1, 1, 1), (3.4e-4, 1, 1, 0), (2.8e-4, 0, 1, 0), (2.8e-4, 1, 0, 0)]
+)
+def test_gradients_under_a_softcap_have_an_allowance(error, softcap, gradient, good):
+    """3e-4, where there are both a softcap and a gradient; one element of 10,000, so that the mean has no part in it."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(10_000, dtype=F64, generator=generator) * 1e-3
+    plain = (exact + 1e-6 * torch.randn(10_000, dtype=F64, generator=generator)).float()
+    ours = plain.clone()
+    ours[7] = exact[7] + error
+    context = torch.no_grad() if good else pytest.raises(AssertionError, match="max error")
+    with context:
+        testing.assert_no_worse(ours, plain, exact, "x", softcap=bool(softcap), gradient=bool(gradient))
+
+
+ONE_KEY = (
+    Case(1, 799, 1, 12, 1, 256, scale=1.0),
+    Case(2, 130, 1, 4, 2, 64, dtype=torch.float16),
+    Case(1, 90, 70, 12, 1, 96, window=(0, 0), scale=-0.3),
+    Case(1, 50, 60, 4, 2, 64, scale=0.0, softcap=15.0),
+)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("case", ONE_KEY, ids=str)
+def test_gradients_that_vanish(case, expanded):
+    """float32 sums pass, an error of 2^-9 in one of the two sums, which 16 bits would make, and any error under a scale of 0 do not."""
+    q, k, v, do = testing.make(case)
+    do = do[:1, :1, :1, :1].expand_as(do) if expanded else do
+    rounding = testing.vanishing(case, q, k, v, do)
+    plain, exact = testing.plain(case, q, k, v, do), testing.exact(case, q, k, v, do)
+    ours = testing.ours(case, q, k, v, do)
+    assert exact.dq.abs().max() < 1e-10 > exact.dk.abs().max()
+    testing.assert_gradients(case, ours, plain, exact, rounding)
+    out = exact.out * (1 + 2**-9)
+    wrong = reference.attention_bwd(*(t.double() for t in (do, q, k, v)), out, exact.lse, None, *case.formula)
+    if case.scale == 0:
+        wrong = [torch.full_like(t, 1e-9) for t in (q, k)]
+    for name, gradient in zip(("dq", "dk"), wrong, strict=False):
+        with pytest.raises(AssertionError, match=f"{name} of it: max error .* where the exact result is zero"):
+            testing.assert_gradients(case, ours._replace(**{name: gradient.to(q.dtype)}), plain, exact, rounding, " of it")
+
+
+def test_gradients_that_do_not_vanish_have_no_other_rule():
+    """Two keys; a gradient of lse; nothing to be summed."""
+    assert testing.vanishing(ONE_KEY[0], *testing.make(ONE_KEY[0])).keys() == {"dq", "dk"}
+    for case in (Case(1, 9, 2, 4, 2, 8), Case(1, 9, 4, 4, 2, 8, window=(0, 1)), Case(1, 0, 1, 4, 2, 8), Case(1, 3, 0, 4, 2, 8)):
+        assert testing.vanishing(case, *testing.make(case)) == {}
+    assert testing.vanishing(ONE_KEY[0], *testing.make(ONE_KEY[0]), torch.ones(1, 12, 799)) == {}
+    assert testing.vanishing(ONE_KEY[3], *testing.make(ONE_KEY[3]), torch.ones(1, 4, 50)).keys() == {"dq", "dk"}
+
+
 def test_the_lse_rule_can_fail():
     exact = torch.tensor([-200.0, -math.inf, 0.5, 300.0], dtype=F64)
     testing.assert_lse((exact * (1 + 0.9e-5)).float(), exact)

@@ -10,10 +10,8 @@ from gqa_autograd.testing import DENSE, Case
 BF16, F16 = torch.bfloat16, torch.float16
 
 
-def has_kernel(case: Case, gradients: bool) -> bool:
-    sizes = (case.D, case.D if case.D_v is None else case.D_v)
-    masked = case.softcap > 0 or case.window != (-1, -1)
-    return sizes in config.D_BACKWARD and not masked if gradients else sizes in config.D_FORWARD
+def has_kernel(case: Case) -> bool:
+    return (case.D, case.D if case.D_v is None else case.D_v) in config.D_FORWARD
 
 
 # Each configuration at lengths around its tiles: (S_q, S_kv) with one tile, a cut tile, many, and both kinds of rectangle
@@ -39,4 +37,4 @@ LONG = (
     Case(1, 650, 650, 4, 2, 64, scale=0.0, dtype=F16),
     Case(1, 400, 600, 4, 2, 128, causal=True, scale=1.0),
 )
-ALL = tuple(case for case in (*DENSE, *CONFIGURATIONS, *LONG) if has_kernel(case, gradients=False))
+ALL = tuple(case for case in (*DENSE, *CONFIGURATIONS, *LONG) if has_kernel(case))

@@ -184,6 +184,16 @@ def test_contestants_agree_on_a_pack():
     assert [found[name][0]["kernels_per_call"] for name in ("ours", "ours-lse", "ours-dense")] == [1, 1, 1]
 
 
+def test_contestants_agree_on_the_gradients_of_a_pack():
+    pack, said = Pack("any", (700, 1, 130, 1000), 8, 2, 128), []
+    args = run.arguments(["backward", "--metric", "busy", "--rounds", "2", "--repeats", "10"])
+    with measure.side_stream():
+        made = run.agreeing(run.made(pack, "backward", ["ours", "ours-dense", "fa2"], said.append), "backward", said.append)
+        found = run.measured(pack, "backward", made, args)
+    assert said == []
+    assert list(found) == ["ours", "ours-dense", "fa2"]
+
+
 def test_flex_has_a_window_and_a_softcap():
     pytest.importorskip("triton")
     case = Case(1, 200, 300, 4, 2, 64, causal=True, window=(63, -1), softcap=20.0)

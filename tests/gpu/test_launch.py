@@ -70,12 +70,12 @@ def test_a_row_has_the_same_bits_alone_and_in_company(causal):
             assert all(torch.equal(t[b : b + 1], a) for t, a in zip(together, alone, strict=True))
 
 
-def test_forward_dk_and_dv_repeat_bit_for_bit():
+def test_forward_and_gradients_repeat_bit_for_bit():
     q, k, v, _ = testing.make(Case(2, 1000, 1000, 8, 2, 128), "cuda")
     first = step(q, k, v, causal=True)
     for _ in range(20):
         again = step(q, k, v, causal=True)
-        assert all(torch.equal(first[i], again[i]) for i in (0, 2, 3))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_streams_do_not_share_a_tile_counter():
@@ -107,11 +107,8 @@ def test_graph_capture_and_replay():
                 t.copy_(new)
         graph.replay()
         expected = gqa_autograd.attention(*fresh[:3], causal=True)
-        dq, dk, dv = torch.autograd.grad(expected, fresh[:3], fresh[3])
         assert torch.equal(out, expected)
-        assert torch.equal(grads[1], dk)
-        assert torch.equal(grads[2], dv)
-        torch.testing.assert_close(grads[0].float(), dq.float(), rtol=2e-2, atol=2e-3)
+        assert all(torch.equal(a, b) for a, b in zip(grads, torch.autograd.grad(expected, fresh[:3], fresh[3]), strict=True))
 
 
 def test_two_graphs_replay_side_by_side():
@@ -308,10 +305,6 @@ def test_another_device_is_current_and_stays_so():
     [
         ({"dtype": torch.float32}, TypeError, "autocast"),
         ({"D": 80}, NotImplementedError, r"\(D, D_v\) on CUDA must be one of"),
-        ({"D": 256}, NotImplementedError, r"\(D, D_v\) for gradients on CUDA must be one of"),
-        ({"softcap": 3.0}, NotImplementedError, "softcap for gradients on CUDA must be 0"),
-        ({"window": (3, 0)}, NotImplementedError, "window for gradients on CUDA must be"),
-        ({"deterministic": True}, NotImplementedError, "deterministic must be False"),
     ],
     ids=str,
 )

@@ -41,11 +41,17 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def poisoned_workspace(device: torch.device) -> None:
+    """NaN in memory that the next allocations are likely to be made of, from both pools of torch's allocator: a sum that starts from what
+    it finds there is seen."""
+    held = [torch.full((elements,), torch.nan, device=device) for elements in (2**26, *(2**17,) * 16, *(2**10,) * 16)]
+    del held
+
+
 @contextlib.contextmanager
 def fenced(monkeypatch, elements: int = 2**16) -> Iterator[list[Tensor]]:
-    """out and lse of packed forwards lie between two strips of NaN, which are listed: a write beyond an end is seen there."""
+    """out, lse and gradients of packed calls lie between two strips of NaN, which are listed: a write beyond an end is seen there."""
     strips: list[Tensor] = []
-    original = meta.attention_varlen_fwd_lse
 
     def between(t: Tensor) -> Tensor:
         whole = t.new_full((t.numel() + 2 * elements,), torch.nan)
@@ -53,5 +59,7 @@ def fenced(monkeypatch, elements: int = 2**16) -> Iterator[list[Tensor]]:
         return whole[elements:-elements].view(t.shape)
 
     with monkeypatch.context() as patch:
-        patch.setattr(meta, "attention_varlen_fwd_lse", lambda *args: tuple(map(between, original(*args))))
+        for name in ("attention_varlen_fwd_lse", "attention_varlen_bwd"):
+            original = getattr(meta, name)
+            patch.setattr(meta, name, lambda *args, original=original: tuple(map(between, original(*args))))
         yield strips

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 from pathlib import Path
@@ -23,7 +24,7 @@ KERNELS = Path(config.__file__).parent
 
 
 class Entry(NamedTuple):
-    """One kernel: family (forward, combine, backward, preprocess, postprocess), tile, dtype, and has it the family's option (LSE, dLSE)?"""
+    """One kernel: family (forward, combine, and of the backward backward, preprocess, postprocess, merge), tile, dtype, and has it the family's option (LSE, dLSE)?"""
 
     family: str
     tile: config.Forward | config.Backward
@@ -32,27 +33,32 @@ class Entry(NamedTuple):
 
     @property
     def program(self):
-        from gqa_autograd.kernels import backward, forward_launch
+        from gqa_autograd.kernels import backward_launch, forward_launch
 
         if self.family == "forward":
             return forward_launch.program(self.tile, self.dtype, self.option)
         if self.family == "combine":
             return forward_launch.combine_program(self.tile.D_v, self.dtype, self.option)
-        return backward.programs(self.tile, self.dtype, self.option)[("preprocess", "backward", "postprocess").index(self.family)]
+        return getattr(backward_launch.programs(self.tile, self.dtype, self.option), STAGES[self.family])
 
     def __str__(self) -> str:
-        parts = [self.family, f"d{self.tile.D}"]
-        if self.family == "forward":
-            parts += [f"dv{self.tile.D_v}"] * (self.tile.D_v != self.tile.D) + [self.tile.mask] + ["softcap"] * self.tile.softcap
-            parts += [self.tile.form] * (self.tile.form != "dense")
-        elif self.family == "backward":
-            parts.append("causal" if self.tile.causal else "full")
+        tile = self.tile
+        parts = [self.family, f"d{tile.D}"] + [f"dv{tile.D_v}"] * (tile.D_v != tile.D)
+        if self.family in ("forward", "backward"):
+            parts += [tile.mask] + ["softcap"] * tile.softcap + [tile.form] * (tile.form != "dense")
+        elif self.family != "combine":
+            parts += [tile.form] * (tile.form == "packed") + [f"m{tile.block_M}"] * (self.family != "merge" and tile.D == 64)
         option = {"forward": "lse", "combine": "lse", "preprocess": "dlse"}.get(self.family)
         return "-".join([*parts, str(self.dtype).removeprefix("torch."), *[option] * self.option])
 
 
+# The families of a backward and the fields of its programs
+STAGES = {"backward": "main", "preprocess": "preprocess", "postprocess": "postprocess", "merge": "combine"}
+
+
 def entries() -> dict[str, Entry]:
-    """All of them, each once: what doesn't depend on the mask is listed for one mask. Parts of a split forward always have their LSE."""
+    """All of them, each once: of kernels that one configuration shares with another, the first. Parts of a split forward always have
+    their LSE."""
     found = [
         Entry("forward", tile, dtype, lse)
         for tile in config.FORWARD.values()
@@ -61,21 +67,23 @@ def entries() -> dict[str, Entry]:
     ]
     for tile in {D_v: config.FORWARD[D_v, D_v, "causal", False, "split"] for _, D_v in config.D_FORWARD}.values():
         found += [Entry("combine", tile, dtype, lse) for dtype in DTYPES for lse in (False, True)]
-    for tile in config.BACKWARD.values():
-        for dtype in DTYPES:
-            found += [Entry("backward", tile, dtype, False), Entry("postprocess", tile, dtype, False)]
-            found += [Entry("preprocess", tile, dtype, dlse) for dlse in (False, True)]
-    return {str(entry): entry for entry in found}
+    for tile, dtype in itertools.product(config.BACKWARD.values(), DTYPES):
+        found += [Entry("backward", tile, dtype, False), Entry("postprocess", tile, dtype, False)]
+        found += [Entry("preprocess", tile, dtype, dlse) for dlse in (False, True)]
+        found += [Entry("merge", tile, dtype, False)] * (tile.form == "split")
+    unique: dict[str, Entry] = {}
+    for entry in found:
+        unique.setdefault(str(entry), entry)
+    return unique
 
 
 def axes(entry: Entry) -> dict[str, Any]:
     """What is static in a kernel, by name. The mask is none of the axes where the kernel doesn't depend on it."""
     tile = entry.tile
-    found = {"dtype": entry.dtype, "option": entry.option}
-    if entry.family == "forward":
-        sizes = {"sizes": (tile.D, tile.D_v), "block_M": tile.block_M}
-        return found | sizes | {"mask": tile.mask, "softcap": tile.softcap, "form": tile.form}
-    return found | {"sizes": (tile.D, tile.D)} | ({"causal": tile.causal} if entry.family == "backward" else {})
+    found = {"dtype": entry.dtype, "option": entry.option, "sizes": (tile.D, tile.D_v), "block_M": tile.block_M}
+    if entry.family in ("forward", "backward"):
+        return found | {"mask": tile.mask, "softcap": tile.softcap, "form": tile.form}
+    return found | ({"packed": tile.form == "packed"} if entry.family in ("preprocess", "postprocess") else {})
 
 
 @functools.cache

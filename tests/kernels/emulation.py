@@ -13,13 +13,20 @@ from catalogue import Entry
 from torch import Tensor
 
 from gqa_autograd import meta, testing, testing_varlen
-from gqa_autograd.kernels import backward, config, device, forward_launch
+from gqa_autograd.kernels import backward_launch, config, device, forward_launch
 from gqa_autograd.testing import Case, Result
 from gqa_autograd.testing_varlen import PackedCase
 from hopper_emulator import Code, Emulator
 
-# tile.PRELUDE: an arrival that is never taken, there to keep the compiler from moving a wait
-PTX = {"{ .reg .pred p; setp.gt.f32 p, %0, 0f7E967699; @p bar.arrive 15, 256; }": "if ({0} > 1e38f) emu::named_arrive(15, 256);"}
+# tile.PRELUDE: an arrival that is never taken, there to keep the compiler from moving a wait. backward_tiles.PRELUDE: thread blocks run one
+# after another here, so whoever has to wait for a turn would wait for ever
+PTX = {
+    "{ .reg .pred p; setp.gt.f32 p, %0, 0f7E967699; @p bar.arrive 15, 256; }": "if ({0} > 1e38f) emu::named_arrive(15, 256);",
+    "ld.acquire.gpu.global.s32 %0, [%1];": "{0} = *{1};",
+    "fence.proxy.async;": "tl::fence_proxy_async();",
+    "cp.async.bulk.wait_group 0;": "tl::tma_store_wait<0, false>();",
+    "red.release.gpu.global.add.s32 [%0], 1;": "*{0} += 1;",
+}
 
 
 class Machine(NamedTuple):
@@ -51,8 +58,9 @@ def emulated(machine: Machine, others: dict[Entry, Emulator] | None = None, chec
         return functools.partial(chosen, schedule=machine.schedule, check_order=check_order)
 
     def backward_kernels(cfg, dtype, has_dlse):
-        options = {"preprocess": has_dlse}
-        return tuple(run(_listed(Entry(f, cfg, dtype, options.get(f, False)))) for f in ("preprocess", "backward", "postprocess"))
+        families = [*catalogue.STAGES][: 4 if cfg.form == "split" else 3]
+        order = ("preprocess", "backward", "postprocess", "merge")
+        return tuple(run(_listed(Entry(f, cfg, dtype, has_dlse and f == "preprocess"))) for f in order if f in families)
 
     facts = {
         "require_hopper": lambda function, device: None,
@@ -67,8 +75,9 @@ def emulated(machine: Machine, others: dict[Entry, Emulator] | None = None, chec
         mock.patch.object(forward_launch, "executable", lambda cfg, dtype, lse: run(Entry("forward", cfg, dtype, lse))),
         mock.patch.object(forward_launch, "combine_executable", lambda D_v, dtype, lse: run(_merging(D_v, dtype, lse))),
         mock.patch.object(forward_launch, "_workspace", _poisoned_workspace(forward_launch._workspace)),
-        mock.patch.object(backward, "compiled", backward_kernels),
-        mock.patch.object(backward, "_workspace", _poisoned_workspace(backward._workspace)),
+        mock.patch.object(backward_launch, "compiled", backward_kernels),
+        mock.patch.object(backward_launch, "_workspace", _poisoned_workspace(backward_launch._workspace)),
+        mock.patch.object(backward_launch, "_partial", _poisoned_workspace(backward_launch._partial)),
     ):
         yield
 
@@ -88,7 +97,7 @@ def _poisoned_workspace(original: Callable) -> Callable:
     def workspace(*arguments):
         made = original(*arguments)
         for t in made:
-            t.fill_(math.nan)
+            t.fill_(math.nan if t.is_floating_point() else -(2**31))
         return made
 
     return workspace
@@ -114,9 +123,45 @@ def attend_packed(tile, q, k, v, cu_seqlens_q, cu_seqlens_k, case: PackedCase, r
     return out, lse
 
 
-def differentiate(tile, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, scale: float) -> tuple:
+class Backward(NamedTuple):
+    """What a backward's launch may decide: parts of the heads and of the queries, how heads follow each other, who waits for whom."""
+
+    parts: tuple[int, int] = (1, 1)
+    one_head_at_a_time: bool = False
+    deterministic: bool = True
+
+
+@contextlib.contextmanager
+def deciding(how: Backward) -> Iterator[None]:
+    decided = {"_LONG": 0 if how.one_head_at_a_time else 2**31, "_WIDTH": 2}
+    with (
+        mock.patch.object(config, "backward_parts", return_value=how.parts),
+        mock.patch.multiple(backward_launch, **decided),
+    ):
+        yield
+
+
+def differentiate(tile, case: Case, tensors: tuple, out: Tensor, lse: Tensor, dlse: Tensor | None, how: Backward) -> tuple:
+    """dq, dk and dv, NaN where nothing was written."""
+    q, k, v, do = tensors
+    left, right, scale, softcap = case.formula
     gradients = tuple(t.fill_(math.nan) for t in meta.attention_bwd(q, k, v))
-    backward.launch(tile, do, q, k, v, out, lse, dlse, *gradients, scale)
+    dense = config.BACKWARD[tile.D, tile.D_v, tile.mask, tile.softcap, "dense"]
+    with deciding(how):
+        call = backward_launch.Call(do, q, k, v, out, lse, dlse, scale, (left, right), softcap, how.deterministic)
+        backward_launch.launch(dense, call, *gradients)
+    return gradients
+
+
+def differentiate_packed(tile, case: PackedCase, args: tuple, out: Tensor, lse: Tensor, dlse: Tensor | None, how: Backward) -> tuple:
+    """The same of packed sequences."""
+    q, k, v, do, *offsets = args
+    left, right, scale, softcap = case.formula
+    gradients = tuple(t.fill_(math.nan) for t in meta.attention_varlen_bwd(q, k, v))
+    do, q, k, v, out, lse, dlse = (None if t is None else t.unsqueeze(0) for t in (do, q, k, v, out, lse, dlse))
+    with deciding(how):
+        call = backward_launch.Call(do, q, k, v, out, lse, dlse, scale, (left, right), softcap, how.deterministic)
+        backward_launch.launch_varlen(tile, call, *offsets, *(t.unsqueeze(0) for t in gradients))
     return gradients
 
 
@@ -174,9 +219,21 @@ def check_packed(entry: Entry, case: PackedCase, spoiled: tuple[int, ...] | None
 
 
 @torch.no_grad()
-def check_backward(entry: Entry, case: Case, with_dlse: bool) -> None:
+def check_backward(entry: Entry, case: Case, with_dlse: bool, how: Backward) -> None:
     """Inside `emulated`: dq, dk and dv by the closeness rule, from an out and lse of the right precision."""
-    (q, k, v, do), dlse, plain, exact = truth(case, with_dlse)
-    ours = differentiate(entry.tile, do, q, k, v, exact.out.to(q.dtype), exact.lse.float(), dlse, case.formula[2])
-    for name, gradient in zip(("dq", "dk", "dv"), ours, strict=True):
-        testing.assert_no_worse(gradient, getattr(plain, name), getattr(exact, name), name)
+    tensors, dlse, plain, exact = truth(case, with_dlse)
+    found = differentiate(entry.tile, case, tensors, exact.out.to(tensors[0].dtype), exact.lse.float(), dlse, how)
+    testing.assert_gradients(case, Result(exact.out, exact.lse, *found), plain, exact, tensors, dlse)
+
+
+@torch.no_grad()
+def check_backward_packed(entry: Entry, case: PackedCase, how: Backward, spoiled: tuple[int, ...] | None = None) -> None:
+    """The same of each sequence alone, and 0 for tokens of none. `spoiled` as in `check_packed`."""
+    args, plain, exact = packed_truth(case)
+    given = args if spoiled is None else testing_varlen.spoil(case, args, spoiled)
+    out, lse = exact.out.to(given[0].dtype), exact.lse.float()
+    for n in spoiled or ():
+        mine = case.slices[n][0]
+        out[mine], lse[:, mine] = math.nan, math.nan
+    found = differentiate_packed(entry.tile, case, given, out, lse, None, how)
+    testing_varlen.assert_gradients(case, Result(exact.out, exact.lse, *found), plain, exact, args, without=spoiled or ())
