@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backward, backward_combine, backward_prepost, backward_tiles, config, device
+from . import backward, backward_combine, backward_packed, backward_prepost, backward_tiles, config, device
 from .backward_prepost import LINE
 from .build import Program, kernel
 from .config import Backward
@@ -139,7 +139,8 @@ def _workspace(cfg: Backward, q: Tensor, head_tiles: int, key_blocks: int) -> _W
     tiles = q.shape[0] * q.shape[2] * head_tiles
     lse2, delta = (q.new_empty((tiles, cfg.block_M), dtype=torch.float32) for _ in range(2))
     dq = q.new_empty((tiles, cfg.block_M * cfg.D // LINE, LINE), dtype=torch.float32)
-    table = q.new_empty((key_blocks if cfg.form == "packed" else 1, backward_tiles.ROW), dtype=torch.int32)
+    rows = key_blocks + backward_packed.SPARE_ROWS if cfg.form == "packed" else 1
+    table = q.new_empty((rows, backward_tiles.ROW), dtype=torch.int32)
     return _Workspace(lse2, delta, dq, q.new_empty(1 + tiles, dtype=torch.int32), table)
 
 

@@ -4,8 +4,9 @@ blocks that the main kernel works through (backward_tiles.py)."""
 from . import backward_tiles as tiles
 from .forward_tiles import PACKED as OFFSETS
 
-# Costs of a key block fall into classes of a quarter of an octave
+# Costs of a key block fall into classes of a quarter of an octave. Their counters take the table's last rows
 CLASSES = 128
+SPARE_ROWS = -(-(CLASSES + 1) // tiles.ROW)
 
 # sequence_of, by whole warps: the sequence that owns tile p of a head; `sequences` stands for the tokens behind the last one.
 # list_key_blocks, by a whole thread block: the table, those that most queries see first, and those of one sequence in their order: a thread
@@ -36,16 +37,16 @@ __device__ __forceinline__ int cost_class(int n0, int S_q, int S_kv, int right, 
   return 1 + log * 4 + (log < 2 ? cost << (2 - log) : cost >> (log - 2)) % 4;
 }}
 __device__ __forceinline__ void list_key_blocks(
-    int* table, int* starts, const int* cu_q, const int* cu_k, int sequences, int rows_q, int rows_kv, int right, int block_M, int block_N,
-    int entries) {{
-  const int threads = blockDim.x;
+    int* table, const int* cu_q, const int* cu_k, int sequences, int rows_q, int rows_kv, int right, int block_M, int block_N, int rows) {{
+  const int threads = blockDim.x, entries = rows - {SPARE_ROWS};
+  volatile int* starts = table + entries * {tiles.ROW};
   for (int c = threadIdx.x; c <= {CLASSES}; c += threads) starts[c] = 0;
   __syncthreads();
   for (int pass = 0; pass < 2; ++pass) {{
     for (int n = threadIdx.x; n < sequences; n += threads) {{
       const int S_q = length(cu_q, n, rows_q), S_kv = length(cu_k, n, rows_kv);
       for (int block = 0; block * block_N < S_kv; ++block) {{
-        const int at = atomicAdd(&starts[cost_class(block * block_N, S_q, S_kv, right, block_M)], 1);
+        const int at = atomicAdd((int*)&starts[cost_class(block * block_N, S_q, S_kv, right, block_M)], 1);
         if (pass == 0 || at >= entries) continue;
         int* row = table + at * {tiles.ROW};
         row[{tiles.ROW_Q_START}] = offset(cu_q, n, rows_q);

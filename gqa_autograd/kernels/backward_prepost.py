@@ -100,13 +100,12 @@ def build_preprocess(dtype, has_dlse, packed, D_v, block_M, block_N):
         ):
             # One thread block more than tiles, and it comes first, since it takes longest
             with T.Kernel(H_q, head_tiles + 1, threads=256, prelude=backward_packed.PRELUDE) as (h, m):
-                starts = T.alloc_shared([backward_packed.CLASSES + 1], "int32")
                 if m == 0:
                     if h == 0:
                         T.call_extern(
                             "handle",
                             "gqa::list_key_blocks",
-                            *(T.address_of(first) for first in (TABLE[0, 0], starts[0], cu_q[0], cu_k[0])),
+                            *(T.address_of(first) for first in (TABLE[0, 0], cu_q[0], cu_k[0])),
                             *(offsets - 1, rows_q, rows_kv, right, block_M, block_N, entries),
                         )
                 else:

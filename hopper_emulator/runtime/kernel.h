@@ -138,6 +138,13 @@ EMU_INLINE int __any_sync(unsigned mask, int predicate) {
   return any;
 }
 EMU_INLINE int __all_sync(unsigned mask, int predicate) { return !__any_sync(mask, !predicate); }
+EMU_INLINE unsigned __ballot_sync(unsigned mask, int predicate) {
+  unsigned found = predicate ? 1u << (threadIdx.x % 32) : 0;
+  for (int distance = 1; distance < 32; distance *= 2) found |= __shfl_xor_sync(mask, found, distance);
+  return found;
+}
+EMU_INLINE int __popc(unsigned x) { return __builtin_popcount(x); }
+EMU_INLINE int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 EMU_INLINE void __syncwarp(unsigned mask = ~0u) { emu_whole_warp(mask), emu::warp_sync(); }
 EMU_INLINE void __syncthreads() { emu::named_sync(0, blockDim.x); }
 template <class T>

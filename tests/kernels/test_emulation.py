@@ -9,13 +9,12 @@ import pytest
 import torch
 from covering import cover
 
-from gqa_autograd.kernels import config
 from gqa_autograd.testing import Case
 from gqa_autograd.testing_varlen import PackedCase
 
 tilelang = pytest.importorskip("tilelang", reason="no tilelang here: the kernels were not emulated")
 import emulation  # noqa: E402, needs tilelang
-from emulation import Machine, emulated  # noqa: E402
+from emulation import Backward, Machine, emulated  # noqa: E402
 
 from gqa_autograd.kernels.forward_tiles import GROUPS  # noqa: E402
 
@@ -52,6 +51,9 @@ MACHINES = {"multiprocessors": (1, 3, 100), "slot": (0, -1)}
 SHARED = {"H": HEADS, "scale": (None, -0.3, 0.0), "schedule": SCHEDULES}
 DENSE = SHARED | {"B": (1, 2), "layout": ("bshd", "bhsd", "fused")}
 WINDOWS = {"window": ((-1, 5), (63, -1), (17, 5), (0, 0), (128, 0), (300, 200))}
+PACKED = {"layout": ("thd", "htd", "fused"), "tails": ((0, 0), (70, 141)), "spoiled": ("nothing", "even", "odd")}
+WAITING = {"one_head_at_a_time": (False, True), "deterministic": (False, True)}
+FORMS = {"forward": "dense", "backward": "dense", "split": "split", "backward_split": "split", "packed": "packed", "backward_packed": "packed"}
 # Of a test: its axes, the first the lengths
 AXES = {
     "forward": {"S": LENGTHS} | DENSE | WINDOWS | MACHINES,
@@ -60,8 +62,10 @@ AXES = {
     | SHARED
     | WINDOWS
     | MACHINES
-    | {"layout": ("thd", "htd", "fused"), "tails": ((0, 0), (70, 141)), "spoiled": ("nothing", "even", "odd")},
-    "backward": {"S": LENGTHS} | DENSE | {"dlse": (False, True)},
+    | PACKED,
+    "backward": {"S": LENGTHS} | DENSE | WINDOWS | WAITING | {"dlse": (False, True)},
+    "backward_split": {"S": LENGTHS} | DENSE | WINDOWS | WAITING | {"dlse": (False, True), "parts": ((2, 1), (1, 3), (2, 2), (3, 2))},
+    "backward_packed": {"packing": tuple(PACKINGS)} | SHARED | WINDOWS | WAITING | PACKED,
 }
 
 
@@ -73,11 +77,9 @@ def allowed(choice) -> bool:
 
 
 def kernels(test: str, found: dict[str, catalogue.Entry]) -> tuple:
-    """Those of a test: of the forward, one form has its own."""
-    if test == "backward":
-        return tuple(entry for entry in found.values() if entry.family == test)
-    form = "dense" if test == "forward" else test
-    return tuple(entry for entry in found.values() if entry.family == "forward" and entry.tile.form == form)
+    """Those of a test: one form has its own."""
+    family = "backward" if test.startswith("backward") else "forward"
+    return tuple(entry for entry in found.values() if entry.family == family and entry.tile.form == FORMS[test])
 
 
 def covering(test: str) -> list[dict]:
@@ -104,8 +106,6 @@ def formula_of(choice) -> dict:
     """What a case says beside its lengths and heads."""
     tile = choice["kernel"].tile
     options = {"scale": choice["scale"], "dtype": choice["kernel"].dtype, "layout": choice["layout"]}
-    if isinstance(tile, config.Backward):
-        return options | {"causal": tile.causal}
     options |= {"D_v": tile.D_v} if tile.D_v != tile.D else {}
     options |= {"window": choice["window"]} if tile.mask == "window" else {}
     # Near 0 the cap does nothing, so it is a small one
@@ -131,7 +131,7 @@ def name_of(choice) -> str:
         case = str(case_of(choice | {"B": 1, "S": (1, 1)})).replace("B1-q1-kv1", choice["packing"])
     else:
         case = str(case_of(choice))
-    axes = ("dlse", "parts", "lse", "tails", "spoiled", "schedule", "multiprocessors", "slot")
+    axes = ("dlse", "parts", "lse", "tails", "spoiled", "one_head_at_a_time", "deterministic", "schedule", "multiprocessors", "slot")
     rest = [f"{axis}={choice[axis]}" for axis in axes if axis in choice]
     return "-".join([*["lse"] * choice["kernel"].option, case, *rest]).replace(" ", "")
 
@@ -146,7 +146,8 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("choice", choices, ids=name_of)
     if "packed_kernel" in metafunc.fixturenames:
         found = catalogue.entries() if nightly else catalogue.representative()
-        metafunc.parametrize("packed_kernel", kernels("packed", found), ids=str)
+        test = "packed" if metafunc.function.__name__ == "test_offsets_are_not_trusted" else "backward_packed"
+        metafunc.parametrize("packed_kernel", kernels(test, found), ids=str)
 
 
 def machine(choice) -> Machine:
@@ -163,11 +164,15 @@ def test_split(choice):
         emulation.check_split(choice["kernel"], case_of(choice), choice["lse"], choice["parts"])
 
 
+def spoiled(choice, case: PackedCase) -> tuple[int, ...] | None:
+    which = {"nothing": None, "even": tuple(range(0, len(case.lengths_q), 2)), "odd": tuple(range(1, len(case.lengths_q), 2))}
+    return which[choice["spoiled"]]
+
+
 def test_packed(choice):
     case = packed_case_of(choice)
-    which = {"nothing": None, "even": tuple(range(0, len(case.lengths_q), 2)), "odd": tuple(range(1, len(case.lengths_q), 2))}
     with emulated(machine(choice)):
-        emulation.check_packed(choice["kernel"], case, which[choice["spoiled"]])
+        emulation.check_packed(choice["kernel"], case, spoiled(choice, case))
 
 
 FAR = 2**31 - 1
@@ -191,6 +196,33 @@ def test_offsets_are_not_trusted(packed_kernel, offsets):
         emulation.attend_packed(packed_kernel.tile, q, k, v, *offsets, case, packed_kernel.option)
 
 
+def how(choice) -> Backward:
+    return Backward(choice.get("parts", (1, 1)), choice["one_head_at_a_time"], choice["deterministic"])
+
+
 def test_backward(choice):
     with emulated(Machine(choice["schedule"])):
-        emulation.check_backward(choice["kernel"], case_of(choice), choice["dlse"])
+        emulation.check_backward(choice["kernel"], case_of(choice), choice["dlse"], how(choice))
+
+
+def test_backward_split(choice):
+    with emulated(Machine(choice["schedule"])):
+        emulation.check_backward(choice["kernel"], case_of(choice), choice["dlse"], how(choice))
+
+
+def test_backward_packed(choice):
+    case = packed_case_of(choice)
+    with emulated(Machine(choice["schedule"])):
+        emulation.check_backward_packed(choice["kernel"], case, how(choice), spoiled(choice, case))
+
+
+@pytest.mark.parametrize("offsets", NONSENSE.values(), ids=NONSENSE)
+def test_offsets_of_a_backward_are_not_trusted(packed_kernel, offsets):
+    """The same of gradients; sequences that share tokens wait for each other's sums, and must not wait for ever."""
+    case = PackedCase((200,), (300,), 2, 1, packed_kernel.tile.D, dtype=packed_kernel.dtype, D_v=packed_kernel.tile.D_v)
+    args, _, exact = emulation.packed_truth(case)
+    given = (*args[:4], *(torch.tensor(o, dtype=torch.int32) for o in offsets))
+    out, lse = exact.out.to(args[0].dtype), exact.lse.float()
+    for deterministic in (False, True):
+        with emulated(Machine("lazy")), torch.no_grad():
+            emulation.differentiate_packed(packed_kernel.tile, case, given, out, lse, None, Backward(deterministic=deterministic))
