@@ -26,7 +26,7 @@ def dq_pieces(block_M: int, D: int) -> tuple[tuple[Piece, ...], tuple[Piece, ...
         return (Piece(0, 64, 0, D),), (Piece(64, 64, 0, D),)
     if D > 128:
         panels = [Piece(0, 64, column, 64) for column in range(0, D, 64)]
-        return tuple(panels[:2]), tuple(panels[2:])
+        return tuple(panels[: len(panels) // 2]), tuple(panels[len(panels) // 2 :])
     if D % 64:
         thirds = [Piece(0, 64, column, 32) for column in range(0, D, 32)]
         return tuple(thirds[:2]), tuple(thirds[2:])

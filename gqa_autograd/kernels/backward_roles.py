@@ -74,11 +74,11 @@ def roles(form, mask, D, D_v, block_M, block_N, stages, do_stages, consumers, ba
         place = T.alloc_var("int32")
         group = T.truncdiv(call.H_q, call.H_kv)
         steps = at[HIGH] - at[LOW]
+        m = at[END] - 1 - T.truncdiv(at[LOW], group)
+        head = kv_head * group + T.truncmod(at[LOW], group)
         T.tma_copy(K[batch, key : key + block_N, kv_head, :], smem.K, barrier=bars.k_full)
         T.mbarrier_arrive(bars.k_full)
         for turn in T.unroll(0, steps, unroll_factor=1):
-            m = at[END] - 1 - T.truncdiv(at[LOW] + turn, group)
-            head = kv_head * group + T.truncmod(at[LOW] + turn, group)
             row = m * block_M + (at[Q_START] if packed else 0)
             place = where.tile(at, head, m)
             stage, phase = turn % stages, (turn // stages) % 2
@@ -95,6 +95,11 @@ def roles(form, mask, D, D_v, block_M, block_N, stages, do_stages, consumers, ba
             T.tma_copy(dO[batch, row : row + block_M, head, :], smem.dO[do_stage, :, :], barrier=bars.do_full[do_stage])
             T.tma_copy(DELTA[place, :], smem.delta[do_stage, :], barrier=bars.do_full[do_stage])
             T.mbarrier_arrive(bars.do_full[do_stage])
+            # Counted on: a division each step would need registers
+            head += 1
+            if head == (kv_head + 1) * group:
+                head = kv_head * group
+                m -= 1
         if steps == 0:
             T.tma_copy(V[batch, key : key + block_N, kv_head, :], smem.V, barrier=bars.v_full)
             T.mbarrier_arrive(bars.v_full)

@@ -48,6 +48,10 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     do_stages, most = (1, 1) if D > 192 else (stages, 2)
     pieces = dq_pieces(block_M, D)
     held = [min(len(own), most) for own in pieces]
+    # Of a product whose keys stay in registers, shared memory is read for the queries only
+    keep_K, keep_V = D <= 192, D_v <= 128
+    # The last panel of the first warpgroup waits until the next step's product for S is under way
+    late = len(pieces[0]) - 1
     roles = backward_roles.roles(form, mask, D, D_v, block_M, block_N, stages, do_stages, CONSUMERS, EXCHANGE)
 
     def panel(w, turn, p):
@@ -86,6 +90,10 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         T.fence_proxy_async()
         T.mbarrier_arrive(bars.dq_full[buffer])
 
+    def hand(w, turn, panels, smem, bars, frags):
+        for p in panels:
+            hand_panel(w, turn, p, smem, bars, frags)
+
     @T.macro
     def score_step(w, turn, m, masked, at, where, smem, bars, frags, call):
         """S and P, this warpgroup's part of dQ, and dV."""
@@ -96,7 +104,9 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             if (m + 1) * block_M > at[S_Q]:
                 T.mbarrier_wait_parity(bars.do_full[do_stage], do_phase)
                 roles.clear_queries(stage, do_stage, at[S_Q] - m * block_M, smem)
-        T.wgmma_gemm(smem.K, smem.Q[stage, :, :], frags.S, transpose_B=True, policy=tile.FULL_ROW, clear_accum=True)
+        T.wgmma_gemm(frags.K, smem.Q[stage, :, :], frags.S, transpose_B=True, policy=tile.FULL_ROW, clear_accum=True)
+        if turn > 0:
+            hand_panel(w, turn - 1, late, smem, bars, frags)
         T.wait_wgmma(0)
         probabilities(stage, m, masked, at, where, smem, frags, call)
         # The other warpgroup has read the P before: it handed its dS on since
@@ -114,9 +124,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         if T.shuffle_elect(128):
             T.mbarrier_arrive(bars.do_empty[do_stage])
         T.wait_wgmma(0)
-        hand_panel(w, turn, 0, smem, bars, frags)
-        if len(pieces[w]) == 2:
-            hand_panel(w, turn, 1, smem, bars, frags)
+        hand(w, turn, range(late), smem, bars, frags)
 
     @T.macro
     def gradient_step(w, turn, m, at, smem, bars, frags):
@@ -128,7 +136,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             if (m + 1) * block_M > at[S_Q]:
                 T.mbarrier_wait_parity(bars.q_full[stage], phase)
                 roles.clear_queries(stage, do_stage, at[S_Q] - m * block_M, smem)
-        T.wgmma_gemm(smem.V, smem.dO[do_stage, :, :], frags.dP, transpose_B=True, policy=tile.FULL_ROW, clear_accum=True)
+        T.wgmma_gemm(frags.V, smem.dO[do_stage, :, :], frags.dP, transpose_B=True, policy=tile.FULL_ROW, clear_accum=True)
         # Whoever hands P on has finished the dQ product of the turn before: dS may be overwritten
         T.sync_threads(HANDED, CONSUMERS)
         for i, j in T.Parallel(ROWS, block_M):
@@ -147,12 +155,12 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         T.mbarrier_wait_parity(bars.q_full[stage], phase)
         T.wgmma_gemm(frags.dS, smem.Q[stage, :, :], frags.dK, policy=tile.FULL_ROW)
         T.wait_wgmma(1)
-        hand_panel(w, turn, 0, smem, bars, frags)
+        # As many panels as have a buffer behind the product for dK
+        hand(w, turn, range(held[w]), smem, bars, frags)
         T.wait_wgmma(0)
         if T.shuffle_elect(128):
             T.mbarrier_arrive(bars.q_empty[stage])
-        if len(pieces[w]) == 2:
-            hand_panel(w, turn, 1, smem, bars, frags)
+        hand(w, turn, range(held[w], len(pieces[w])), smem, bars, frags)
 
     @T.macro
     def store_staged(w, values, buffer, out, batch, key, head):
@@ -200,10 +208,17 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         dQ = T.alloc_fragment([ROWS, len(pieces[w]) * PANEL], "float32")
         low = T.alloc_fragment([ROWS], "int32")
         high = T.alloc_fragment([ROWS], "int32")
-        frags = SimpleNamespace(S=S, P=P, P_16=P_16, dV=dV, dQ=dQ, low=low, high=high)
+        K_own = T.alloc_fragment([block_N, D], dtype) if keep_K else smem.K
+        frags = SimpleNamespace(K=K_own, S=S, P=P, P_16=P_16, dV=dV, dQ=dQ, low=low, high=high)
         T.fill(dV, 0)
+        T.fill(dQ, 0)
         await_keys(at, where, smem, bars)
+        if keep_K:
+            T.copy(smem.K, K_own)
         roles.walk(score_step, w, at, where, smem, bars, frags, call)
+        steps = at[HIGH] - at[LOW]
+        if steps > 0:
+            hand_panel(w, steps - 1, late, smem, bars, frags)
         store(w, dV, D_v, smem.V, dV_out, strides["dV"][1], at, call)
 
     @T.macro
@@ -215,13 +230,16 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         dS = T.alloc_fragment([ROWS, block_M], dtype)
         dK = T.alloc_fragment([ROWS, D], "float32")
         dQ = T.alloc_fragment([ROWS, len(pieces[w]) * PANEL], "float32")
-        frags = SimpleNamespace(P=P, dP=dP, dS=dS, dK=dK, dQ=dQ)
+        V_own = T.alloc_fragment([block_N, D_v], dtype) if keep_V else smem.V
+        frags = SimpleNamespace(V=V_own, P=P, dP=dP, dS=dS, dK=dK, dQ=dQ)
         begin = T.alloc_var("int32")
         group = T.alloc_var("int32")
         begin = at[LOW]
         group = T.truncdiv(H_q, H_kv)
         T.fill(dK, 0)
         await_keys(at, where, smem, bars)
+        if keep_V:
+            T.copy(smem.V, V_own)
         for u in T.serial(begin, at[HIGH]):
             gradient_step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), at, smem, bars, frags)
         for i, j in T.Parallel(ROWS, D):
@@ -229,35 +247,36 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         store(w, dK, D, smem.K, dK_out, strides["dK"][1], at, call)
 
     @T.macro
-    def add_panel(w, t, p, place, first, dQ_sum, smem, bars):
-        buffer, phase = panel(w, t, p)
-        line = pieces[w][p].column // PANEL * PANEL_LINES
-        T.mbarrier_wait_parity(bars.dq_full[buffer], phase)
-        if first:
-            T.tma_copy(smem.dQ[buffer, :, :], dQ_sum[place, line : line + PANEL_LINES, :])
-            T.tma_store_wait(0)
-        else:
-            T.atomic_add(dQ_sum[place, line : line + PANEL_LINES, :], smem.dQ[buffer, :, :], use_tma=True)
-        T.mbarrier_arrive(bars.dq_empty[buffer])
-
-    @T.macro
     def adder(w, dQ_sum, TURN, at, where, smem, bars):
         """Warpgroup w's panels of every step. Both adders count a tile's turns, so a key block's turn has come at twice its rank."""
         group = T.alloc_var("int32")
         m = T.alloc_var("int32")
+        head = T.alloc_var("int32")
         place = T.alloc_var("int32")
         rank = T.alloc_var("int32")
         group = T.truncdiv(H_q, H_kv)
+        m = at[END] - 1 - T.truncdiv(at[LOW], group)
+        head = at[KV_HEAD] * group + T.truncmod(at[LOW], group)
         for t in T.unroll(0, at[HIGH] - at[LOW], unroll_factor=1):
-            m = at[END] - 1 - T.truncdiv(at[LOW] + t, group)
-            place = where.tile(at, at[KV_HEAD] * group + T.truncmod(at[LOW] + t, group), m)
+            place = where.tile(at, head, m)
             rank = where.rank(at, m)
             T.call_extern("handle", "gqa::await_turn", T.address_of(TURN[place + 1]), 2 * rank)
-            # The first sets it, so nobody clears the workspace
-            add_panel(w, t, 0, place, rank == 0, dQ_sum, smem, bars)
-            if len(pieces[w]) == 2:
-                add_panel(w, t, 1, place, rank == 0, dQ_sum, smem, bars)
+            for p in T.unroll(0, len(pieces[w]), unroll_factor=1):
+                buffer, phase = panel(w, t, p)
+                line = pieces[w][0].column // PANEL * PANEL_LINES + p * PANEL_LINES
+                T.mbarrier_wait_parity(bars.dq_full[buffer], phase)
+                # The first sets it, so nobody clears the workspace
+                if rank == 0:
+                    T.tma_copy(smem.dQ[buffer, :, :], dQ_sum[place, line : line + PANEL_LINES, :])
+                    T.tma_store_wait(0)
+                else:
+                    T.atomic_add(dQ_sum[place, line : line + PANEL_LINES, :], smem.dQ[buffer, :, :], use_tma=True)
+                T.mbarrier_arrive(bars.dq_empty[buffer])
             T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
+            head += 1
+            if head == (at[KV_HEAD] + 1) * group:
+                head = at[KV_HEAD] * group
+                m -= 1
 
     @T.macro
     def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, parts, width):
