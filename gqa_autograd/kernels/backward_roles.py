@@ -1,10 +1,10 @@
-"""What both main kernels of the backward have in common: the producer, the consumers' way through the queries, and what packed ends need."""
+"""What both main kernels of the backward have in common: loads, the consumers' way through the queries, and the ends of packed sequences."""
 
 from types import SimpleNamespace
 
 import tilelang.language as T
 
-from .backward_tiles import BATCH, END, HIGH, KEY_BLOCK, KV_HEAD, KV_START, LOW, Q_START
+from .backward_tiles import BATCH, END, GROUP, HEAD, KEY_BLOCK, KV_HEAD, KV_START, Q_START, STEPS
 from .forward_output import panels
 
 
@@ -32,50 +32,46 @@ def roles(form, mask, D, D_v, block_M, block_N, stages, do_stages, consumers, ba
     @T.macro
     def walk(step, w, at, where, smem, bars, frags, call):
         """All steps of the thread block, those that need a mask apart."""
-        begin = T.alloc_var("int32")
-        stop = T.alloc_var("int32")
+        steps = T.alloc_var("int32")
+        group = T.alloc_var("int32")
         plain = T.alloc_var("int32")
         edge = T.alloc_var("int32")
-        group = T.alloc_var("int32")
-        begin = at[LOW]
-        stop = at[HIGH]
-        group = T.truncdiv(call.H_q, call.H_kv)
+        steps = at[STEPS]
+        group = at[GROUP]
         queries, keys = where.lengths(at)
         n0 = at[KEY_BLOCK] * block_N
         # From step `plain` on, as long as `edge` is not reached, every query sees every key of the block
-        plain = begin
-        edge = stop
+        plain = 0
+        edge = steps
         if mask == "window":
             plain = (at[END] - T.floordiv(n0 + queries - keys + call.left + 1, block_M)) * group
-            plain = T.min(T.max(plain, begin), stop)
+            plain = T.min(T.max(plain, 0), steps)
         if mask != "full":
             edge = (at[END] - T.ceildiv(n0 + block_N - 1 + queries - keys - call.right, block_M)) * group
-            edge = T.max(T.min(edge, stop), plain)
+            edge = T.max(T.min(edge, steps), plain)
         if mask != "causal":
             edge = T.if_then_else(n0 + block_N > keys, plain, edge)
         if mask == "window":
-            for u in T.serial(begin, plain):
-                step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
+            for u in T.serial(plain):
+                step(w, u, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
         for u in T.serial(plain, edge):
-            step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), False, at, where, smem, bars, frags, call)
-        for u in T.serial(edge, stop):
-            step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
+            step(w, u, at[END] - 1 - T.truncdiv(u, group), False, at, where, smem, bars, frags, call)
+        for u in T.serial(edge, steps):
+            step(w, u, at[END] - 1 - T.truncdiv(u, group), True, at, where, smem, bars, frags, call)
 
     @T.macro
-    def producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars, call):
+    def producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars):
         """By one thread: all loads."""
         batch, kv_head = at[BATCH], at[KV_HEAD]
         key = at[KEY_BLOCK] * block_N + (at[KV_START] if packed else 0)
-        group = T.alloc_var("int32")
         steps = T.alloc_var("int32")
         m = T.alloc_var("int32")
         head = T.alloc_var("int32")
         row = T.alloc_var("int32")
         place = T.alloc_var("int32")
-        group = T.truncdiv(call.H_q, call.H_kv)
-        steps = at[HIGH] - at[LOW]
-        m = at[END] - 1 - T.truncdiv(at[LOW], group)
-        head = kv_head * group + T.truncmod(at[LOW], group)
+        steps = at[STEPS]
+        m = at[END] - 1
+        head = at[HEAD]
         T.tma_copy(K[batch, key : key + block_N, kv_head, :], smem.K, barrier=bars.k_full)
         T.mbarrier_arrive(bars.k_full)
         for turn in T.unroll(0, steps, unroll_factor=1):
@@ -97,8 +93,8 @@ def roles(form, mask, D, D_v, block_M, block_N, stages, do_stages, consumers, ba
             T.mbarrier_arrive(bars.do_full[do_stage])
             # Counted on: a division each step would need registers
             head += 1
-            if head == (kv_head + 1) * group:
-                head = kv_head * group
+            if head == at[HEAD] + at[GROUP]:
+                head = at[HEAD]
                 m -= 1
         if steps == 0:
             T.tma_copy(V[batch, key : key + block_N, kv_head, :], smem.V, barrier=bars.v_full)

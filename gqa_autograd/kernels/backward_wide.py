@@ -18,8 +18,8 @@ from tilelang.layout import make_linear_layout, make_swizzled_layout
 from . import backward_roles, backward_tiles, tile
 from .backward_output import PRELUDE as OUTPUT
 from .backward_output import ROWS, store_rows
-from .backward_prepost import LINE, dq_pieces
-from .backward_tiles import BATCH, END, FIELDS, HIGH, KEY_BLOCK, KV_HEAD, KV_START, LOW, PART, S_KV, S_Q
+from .backward_prepost import LINE, Piece, dq_pieces, dq_place
+from .backward_tiles import BATCH, END, FIELDS, GROUP, HEAD, KEY_BLOCK, KV_HEAD, KV_START, PART, S_KV, S_Q, STEPS
 from .forward_output import PACKED
 
 CONSUMERS = 256
@@ -33,8 +33,8 @@ PANEL_LINES = ROWS * PANEL // LINE
 
 
 def _blocked(i, j):
-    """Element (i, j) of a panel -> its line and column, in 8 x 8 blocks: a warp's 64-bit stores are 256 contiguous bytes."""
-    return i // 8 * (PANEL // 32) + j // 32, j % 32 // 8 * 64 + i % 8 * 8 + j % 8
+    """Element (i, j) of a panel -> its line and column."""
+    return dq_place(Piece(0, ROWS, 0, PANEL), i, j, ROWS, PANEL)
 
 
 @tilelang.jit(pass_configs=tile.OWN_BARRIERS, target=tile.TARGET)
@@ -216,9 +216,8 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         if keep_K:
             T.copy(smem.K, K_own)
         roles.walk(score_step, w, at, where, smem, bars, frags, call)
-        steps = at[HIGH] - at[LOW]
-        if steps > 0:
-            hand_panel(w, steps - 1, late, smem, bars, frags)
+        if at[STEPS] > 0:
+            hand_panel(w, at[STEPS] - 1, late, smem, bars, frags)
         store(w, dV, D_v, smem.V, dV_out, strides["dV"][1], at, call)
 
     @T.macro
@@ -232,56 +231,72 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         dQ = T.alloc_fragment([ROWS, len(pieces[w]) * PANEL], "float32")
         V_own = T.alloc_fragment([block_N, D_v], dtype) if keep_V else smem.V
         frags = SimpleNamespace(V=V_own, P=P, dP=dP, dS=dS, dK=dK, dQ=dQ)
-        begin = T.alloc_var("int32")
-        group = T.alloc_var("int32")
-        begin = at[LOW]
-        group = T.truncdiv(H_q, H_kv)
         T.fill(dK, 0)
         await_keys(at, where, smem, bars)
         if keep_V:
             T.copy(smem.V, V_own)
-        for u in T.serial(begin, at[HIGH]):
-            gradient_step(w, u - begin, at[END] - 1 - T.truncdiv(u, group), at, smem, bars, frags)
+        for u in T.serial(at[STEPS]):
+            gradient_step(w, u, at[END] - 1 - T.truncdiv(u, at[GROUP]), at, smem, bars, frags)
         for i, j in T.Parallel(ROWS, D):
             dK[i, j] *= call.scale
         store(w, dK, D, smem.K, dK_out, strides["dK"][1], at, call)
 
     @T.macro
-    def adder(w, dQ_sum, TURN, at, where, smem, bars):
+    def adder(w, dQ_sum, TURN, at, where, smem, bars, call):
         """Warpgroup w's panels of every step. Both adders count a tile's turns, so a key block's turn has come at twice its rank."""
-        group = T.alloc_var("int32")
         m = T.alloc_var("int32")
         head = T.alloc_var("int32")
         place = T.alloc_var("int32")
         rank = T.alloc_var("int32")
-        group = T.truncdiv(H_q, H_kv)
-        m = at[END] - 1 - T.truncdiv(at[LOW], group)
-        head = at[KV_HEAD] * group + T.truncmod(at[LOW], group)
-        for t in T.unroll(0, at[HIGH] - at[LOW], unroll_factor=1):
+        m = at[END] - 1
+        head = at[HEAD]
+        for t in T.unroll(0, at[STEPS], unroll_factor=1):
             place = where.tile(at, head, m)
             rank = where.rank(at, m)
-            T.call_extern("handle", "gqa::await_turn", T.address_of(TURN[place + 1]), 2 * rank)
+            T.call_extern("handle", "gqa::await_turn", T.address_of(TURN[place + 1]), 2 * T.min(rank, call.patience))
             for p in T.unroll(0, len(pieces[w]), unroll_factor=1):
                 buffer, phase = panel(w, t, p)
                 line = pieces[w][0].column // PANEL * PANEL_LINES + p * PANEL_LINES
                 T.mbarrier_wait_parity(bars.dq_full[buffer], phase)
-                # The first sets it, so nobody clears the workspace
                 if rank == 0:
                     T.tma_copy(smem.dQ[buffer, :, :], dQ_sum[place, line : line + PANEL_LINES, :])
                     T.tma_store_wait(0)
                 else:
                     T.atomic_add(dQ_sum[place, line : line + PANEL_LINES, :], smem.dQ[buffer, :, :], use_tma=True)
                 T.mbarrier_arrive(bars.dq_empty[buffer])
-            T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
+            if rank < call.patience:
+                T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
             head += 1
-            if head == (at[KV_HEAD] + 1) * group:
-                head = at[KV_HEAD] * group
+            if head == at[HEAD] + at[GROUP]:
+                head = at[HEAD]
                 m -= 1
 
     @T.macro
-    def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, parts, width):
+    def kernel(
+        Q,
+        K,
+        V,
+        dO,
+        LSE2,
+        DELTA,
+        dQ_sum,
+        TURN,
+        TABLE,
+        dK,
+        dV,
+        scale,
+        cap,
+        left,
+        right,
+        head_tiles,
+        key_blocks,
+        head_parts,
+        query_parts,
+        width,
+        patience,
+    ):
         prelude = tile.PRELUDE + backward_tiles.PRELUDE + OUTPUT + (PACKED if packed else "")
-        with T.Kernel(H_kv * B * key_blocks * parts, threads=THREADS, prelude=prelude):
+        with T.Kernel(H_kv * B * key_blocks * head_parts * query_parts, threads=THREADS, prelude=prelude):
             K_smem = T.alloc_shared([block_N, D], dtype)
             V_smem = T.alloc_shared([block_N, D_v], dtype)
             Q_smem = T.alloc_shared([stages, block_M, D], dtype)
@@ -309,8 +324,8 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             bars = SimpleNamespace(k_full=k_full, v_full=v_full, dq_full=dq_full, dq_empty=dq_empty, **rings)
             sizes = {"B": B, "H_q": H_q, "H_kv": H_kv, "rows_q": rows_q, "rows_kv": rows_kv, "columns": B * H_kv}
             numbers = {"scale": scale, "cap": cap, "left": left, "right": right}
-            order = {"head_tiles": head_tiles, "key_blocks": key_blocks, "parts": parts, "width": width}
-            call = SimpleNamespace(**sizes, **numbers, **order)
+            blocks_of = {"head_tiles": head_tiles, "key_blocks": key_blocks, "head_parts": head_parts, "query_parts": query_parts}
+            call = SimpleNamespace(**sizes, **numbers, **blocks_of, width=width, patience=patience)
             where = backward_tiles.schedule(form, mask, block_M, block_N, call)
             thread = T.get_thread_binding()
             if thread == 0:
@@ -322,13 +337,13 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
                 T.set_max_nreg(PRODUCER_REGISTERS, 0)
                 if thread < 32:
                     if T.shuffle_elect(32):
-                        roles.producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars, call)
+                        roles.producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars)
                 elif thread < 64:
                     if T.shuffle_elect(32):
-                        adder(0, dQ_sum, TURN, at, where, smem, bars)
+                        adder(0, dQ_sum, TURN, at, where, smem, bars, call)
                 elif thread < 96:
                     if T.shuffle_elect(32):
-                        adder(1, dQ_sum, TURN, at, where, smem, bars)
+                        adder(1, dQ_sum, TURN, at, where, smem, bars, call)
             else:
                 if thread < 256:
                     scores(0, at, where, smem, bars, dV, call)
@@ -361,9 +376,33 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         right: T.int32,
         head_tiles: T.int32,
         key_blocks: T.int32,
-        parts: T.int32,
+        head_parts: T.int32,
+        query_parts: T.int32,
         width: T.int32,
+        patience: T.int32,
     ):
-        kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, parts, width)
+        kernel(
+            Q,
+            K,
+            V,
+            dO,
+            LSE2,
+            DELTA,
+            dQ_sum,
+            TURN,
+            TABLE,
+            dK,
+            dV,
+            scale,
+            cap,
+            left,
+            right,
+            head_tiles,
+            key_blocks,
+            head_parts,
+            query_parts,
+            width,
+            patience,
+        )
 
     return attention_bwd
