@@ -19,7 +19,7 @@ from . import backward_roles, backward_tiles, tile
 from .backward_output import PRELUDE as OUTPUT
 from .backward_output import ROWS, store_rows
 from .backward_prepost import LINE, Piece, dq_pieces, dq_place
-from .backward_tiles import BATCH, END, FIELDS, GROUP, HEAD, KEY_BLOCK, KV_HEAD, KV_START, PART, S_KV, S_Q, STEPS
+from .backward_tiles import BATCH, FIELDS, KEY_BLOCK, KV_HEAD, KV_START, PART, S_KV, S_Q, STEPS
 from .forward_output import PACKED
 
 CONSUMERS = 256
@@ -229,7 +229,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         if keep_V:
             T.copy(smem.V, V_own)
         for u in T.serial(at[STEPS]):
-            gradient_step(w, u, at[END] - 1 - T.truncdiv(u, at[GROUP]), at, smem, bars, frags)
+            gradient_step(w, u, where.step(at, u)[1], at, smem, bars, frags)
         for i, j in T.Parallel(ROWS, D):
             dK[i, j] *= call.scale
         store(w, dK, D, smem.K, dK_out, strides["dK"][1], at, call)
@@ -237,15 +237,13 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     @T.macro
     def adder(w, dQ_sum, TURN, at, where, smem, bars, call):
         """Warpgroup w's panels of every step. Both adders count a tile's turns, so a key block's turn has come at twice its rank."""
-        m = T.alloc_var("int32")
-        head = T.alloc_var("int32")
+        spot = T.alloc_local([4], "int32")
         place = T.alloc_var("int32")
         rank = T.alloc_var("int32")
-        m = at[END] - 1
-        head = at[HEAD]
+        roles.begin(spot, at)
         for t in T.unroll(0, at[STEPS], unroll_factor=1):
-            place = where.tile(at, head, m)
-            rank = where.rank(at, m)
+            place = where.tile(at, spot[0], spot[1])
+            rank = where.rank(at, spot[1])
             T.call_extern("handle", "gqa::await_turn", T.address_of(TURN[place + 1]), 2 * T.min(rank, call.patience))
             for p in T.unroll(0, len(pieces[w]), unroll_factor=1):
                 buffer, phase = panel(w, t, p)
@@ -259,10 +257,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
                 T.mbarrier_arrive(bars.dq_empty[buffer])
             if rank < call.patience:
                 T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
-            head += 1
-            if head == at[HEAD] + at[GROUP]:
-                head = at[HEAD]
-                m -= 1
+            roles.advance(spot, at)
 
     @T.macro
     def kernel(
@@ -286,6 +281,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         head_parts,
         query_parts,
         width,
+        inner,
         patience,
     ):
         prelude = tile.PRELUDE + backward_tiles.PRELUDE + OUTPUT + (PACKED if packed else "")
@@ -318,7 +314,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             sizes = {"B": B, "H_q": H_q, "H_kv": H_kv, "rows_q": rows_q, "rows_kv": rows_kv, "columns": B * H_kv}
             numbers = {"scale": scale, "cap": cap, "left": left, "right": right}
             blocks_of = {"head_tiles": head_tiles, "key_blocks": key_blocks, "head_parts": head_parts, "query_parts": query_parts}
-            call = SimpleNamespace(**sizes, **numbers, **blocks_of, width=width, patience=patience)
+            call = SimpleNamespace(**sizes, **numbers, **blocks_of, width=width, inner=inner, patience=patience)
             where = backward_tiles.schedule(form, mask, block_M, block_N, call)
             thread = T.get_thread_binding()
             if thread == 0:
@@ -372,6 +368,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         head_parts: T.int32,
         query_parts: T.int32,
         width: T.int32,
+        inner: T.int32,
         patience: T.int32,
     ):
         kernel(
@@ -395,6 +392,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             head_parts,
             query_parts,
             width,
+            inner,
             patience,
         )
 
