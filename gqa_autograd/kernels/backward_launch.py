@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backward, backward_combine, backward_packed, backward_prepost, backward_tiles, config, device
+from . import backward, backward_combine, backward_packed, backward_prepost, backward_tiles, backward_wide, config, device
 from .backward_prepost import LINE
 from .build import Program, kernel
 from .config import Backward
@@ -29,7 +29,7 @@ def programs(cfg: Backward, dtype: torch.dtype, has_dlse: bool) -> Programs:
     name, packed = str(dtype).removeprefix("torch."), cfg.form == "packed"
     return Programs(
         Program("attention_bwd_preprocess", backward_prepost.build_preprocess, (name, has_dlse, packed, cfg.D_v, cfg.block_M, cfg.block_N)),
-        Program("attention_bwd", backward.build, (name, *cfg)),
+        Program("attention_bwd", (backward_wide if cfg.D > 128 else backward).build, (name, *cfg)),
         Program("attention_bwd_postprocess", backward_prepost.build_postprocess, (name, packed, cfg.D, cfg.block_M)),
         Program("attention_bwd_combine", backward_combine.build, (name, cfg.D, cfg.D_v)),
     )

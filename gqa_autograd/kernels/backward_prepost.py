@@ -24,6 +24,9 @@ def dq_pieces(block_M: int, D: int) -> tuple[tuple[Piece, ...], tuple[Piece, ...
     """What each of two warpgroups has of a tile of dQ. A product has 64 rows, and begins in K where one of its panels does."""
     if block_M == 128:
         return (Piece(0, 64, 0, D),), (Piece(64, 64, 0, D),)
+    if D > 128:
+        panels = [Piece(0, 64, column, 64) for column in range(0, D, 64)]
+        return tuple(panels[: len(panels) // 2]), tuple(panels[len(panels) // 2 :])
     if D % 64:
         thirds = [Piece(0, 64, column, 32) for column in range(0, D, 32)]
         return tuple(thirds[:2]), tuple(thirds[2:])
@@ -44,6 +47,8 @@ def build_preprocess(dtype, has_dlse, packed, D_v, block_M, block_N):
     """lse2 = LSE log2(e), +inf for padding and for queries without keys, so that their P is 0; delta = rowsum(dO O) - dLSE; turns = 0."""
     names = ("B", "rows_q", "H_q", "tiles", "turns", "offsets", "entries")
     B, rows_q, H_q, tiles, turns, offsets, entries = (T.dynamic(name) for name in names)
+    # Columns at a time: the lanes of a row, whose sums are added up, must be a power of two
+    panel = D_v & -D_v
 
     @T.macro
     def clear_turns(TURN, place):
@@ -54,18 +59,27 @@ def build_preprocess(dtype, has_dlse, packed, D_v, block_M, block_N):
                 TURN[0] = 0
 
     @T.macro
+    def multiply(o, do, product, O, dO, b, h, row0, count, first):
+        for i, j in T.Parallel(block_M, panel):
+            o[i, j] = T.if_then_else(i < count, O[b, row0 + i, h, first + j], T.cast(0, dtype))
+        for i, j in T.Parallel(block_M, panel):
+            do[i, j] = T.if_then_else(i < count, dO[b, row0 + i, h, first + j], T.cast(0, dtype))
+        for i, j in T.Parallel(block_M, panel):
+            product[i, j] += T.cast(o[i, j], "float32") * T.cast(do[i, j], "float32")
+
+    def multiply_panels(*arguments):
+        for first in range(0, D_v, panel):
+            multiply(*arguments, first)
+
+    @T.macro
     def rows_of(O, dO, LSE, dLSE, LSE2, DELTA, b, h, place, row0, count):
         """The tile `place`: `count` queries from row0 on."""
-        o = T.alloc_fragment([block_M, D_v], dtype)
-        do = T.alloc_fragment([block_M, D_v], dtype)
-        product = T.alloc_fragment([block_M, D_v], "float32")
+        o = T.alloc_fragment([block_M, panel], dtype)
+        do = T.alloc_fragment([block_M, panel], dtype)
+        product = T.alloc_fragment([block_M, panel], "float32")
         delta = T.alloc_fragment([block_M], "float32")
-        for i, j in T.Parallel(block_M, D_v):
-            o[i, j] = T.if_then_else(i < count, O[b, row0 + i, h, j], T.cast(0, dtype))
-        for i, j in T.Parallel(block_M, D_v):
-            do[i, j] = T.if_then_else(i < count, dO[b, row0 + i, h, j], T.cast(0, dtype))
-        for i, j in T.Parallel(block_M, D_v):
-            product[i, j] = T.cast(o[i, j], "float32") * T.cast(do[i, j], "float32")
+        T.fill(product, 0)
+        multiply_panels(o, do, product, O, dO, b, h, row0, count)
         T.reduce_sum(product, delta, dim=1)
         for i in T.Parallel(block_M):
             if i < count:
