@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.library import Library
 
 from gqa_autograd import functional, meta, ops, plans
-from gqa_autograd.kernels import backward, config, device, forward_launch
+from gqa_autograd.kernels import backward_launch, config, device, forward_launch
 
 Call = Callable[[], object]
 Rows = dict[str, Call]
@@ -55,7 +55,7 @@ def standing_in() -> Iterator[None]:
     with (
         mock.patch.multiple(device, **facts),
         mock.patch.object(forward_launch, "executable", return_value=_nothing),
-        mock.patch.object(backward, "compiled", return_value=(_nothing,) * 3),
+        mock.patch.object(backward_launch, "compiled", return_value=(_nothing,) * 3),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message="Warning only once for all operators")

@@ -54,7 +54,7 @@ def supported() -> tuple[Support, ...]:
 
     return (
         Support("cpu", checks.CPU_DTYPES, None, None, FEATURES, FEATURES, REFERENCE),
-        Support("cuda (sm_90)", checks.CUDA_DTYPES, config.D_FORWARD, config.D_BACKWARD, FEATURES, ("causal",), KERNEL),
+        Support("cuda (sm_90)", checks.CUDA_DTYPES, config.D_FORWARD, config.D_BACKWARD, FEATURES, FEATURES, KERNEL),
     )
 
 
@@ -91,7 +91,7 @@ def explain(
     operators = ["fwd_lse" if backward or return_lse else "fwd"] + ["bwd"] * backward
     tiles = (ops if prefix == "attention" else ops_varlen).tiles(q, v, settings, backward)
     if prefix == "attention" and tiles[0] is not None and torch.cuda.is_available():
-        tiles = _as_launched(tiles[0], q, k, settings), tiles[1]
+        tiles = _as_launched(tiles[0], tiles[1], q, k, settings)
     return Explanation(tuple(f"{prefix}_{name}" for name in operators), REFERENCE if tiles == (None, None) else KERNEL, *tiles)
 
 
@@ -140,13 +140,17 @@ def warmup(
     return build.built()
 
 
-def _as_launched(tile: Any, q: Tensor, k: Tensor, s: ops.Settings) -> Any:
-    """The tile, or the split one where a launch on the device of q takes it."""
+def _as_launched(forward: Any, backward: Any, q: Tensor, k: Tensor, s: ops.Settings) -> tuple:
+    """The tiles, or the split ones where a launch on the device of q takes these."""
     from .kernels import config, device
 
-    S_q, H_q = q.shape[1:3]
-    parts = config.parts(tile, S_q, k.shape[1], H_q, (s.window_left, s.window_right), device.multiprocessors(q.device))
-    return config.split(tile) if parts > 1 else tile
+    (B, S_q, H_q), (S_kv, H_kv) = q.shape[:3], k.shape[1:3]
+    window, multiprocessors = (s.window_left, s.window_right), device.multiprocessors(q.device)
+    if config.parts(forward, S_q, S_kv, H_q, window, multiprocessors) > 1:
+        forward = config.split(forward)
+    if backward is not None and config.backward_parts(backward, B, S_q, H_q, S_kv, H_kv, window, multiprocessors) != (1, 1):
+        backward = config.split_backward(backward)
+    return forward, backward
 
 
 # Keys enough for a call of one query to split them, whatever the tile
@@ -175,11 +179,11 @@ def _tiles(wanted: _Wanted) -> tuple:
     forward = config.forward(*arguments, packed=wanted.varlen)
     if not wanted.backward:
         return forward, None
-    return forward, config.backward_packed("warmup") if wanted.varlen else config.backward(*arguments, False)
+    return forward, config.backward(*arguments, packed=wanted.varlen)
 
 
 def _build(wanted: _Wanted) -> None:
-    from .kernels import backward as backward_kernels
+    from .kernels import backward_launch as backward_kernels
     from .kernels import config
     from .kernels import forward_launch as forward_kernels
 
@@ -192,6 +196,8 @@ def _build(wanted: _Wanted) -> None:
         forward_kernels.compiled(config.split(forward), wanted.dtype, True)
     if backward is not None:
         backward_kernels.compiled(backward, wanted.dtype, False)
+        if not wanted.varlen:
+            backward_kernels.compiled(config.split_backward(backward), wanted.dtype, False)
 
 
 def _launch(wanted: _Wanted, device: torch.device) -> None:
@@ -210,3 +216,8 @@ def _launch(wanted: _Wanted, device: torch.device) -> None:
                 function(q, *(t.expand(1, _LONG, 1, -1).contiguous() for t in (k, v)), **wanted.options)
     if wanted.backward:
         functions[0](*arguments, **wanted.options).sum().backward()
+        if not wanted.varlen:
+            # So few KV heads that a group's heads are split
+            q = torch.zeros(1, _LONG, 8, D, dtype=wanted.dtype, device=device, requires_grad=True)
+            k, v = (torch.zeros(1, _LONG, 1, size, dtype=wanted.dtype, device=device, requires_grad=True) for size in (D, D_v))
+            functions[0](q, k, v, **wanted.options).sum().backward()

@@ -18,9 +18,9 @@ from tilelang.layout import make_linear_layout, make_swizzled_layout
 from . import backward_tiles, tile
 from .backward_output import PRELUDE as OUTPUT
 from .backward_output import ROWS, store
-from .forward_output import PACKED, panels
 from .backward_prepost import LINE, dq_pieces, dq_place
 from .backward_tiles import BATCH, END, FIELDS, INNER, KEY_BLOCK, KV_HEAD, KV_START, Q_START, ROUND, S_Q, STEPS
+from .forward_output import PACKED, panels
 
 CONSUMERS = 256
 THREADS = 384
@@ -258,7 +258,30 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
                 T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
 
     @T.macro
-    def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, head_parts, query_parts, width, inner, patience):
+    def kernel(
+        Q,
+        K,
+        V,
+        dO,
+        LSE2,
+        DELTA,
+        dQ_sum,
+        TURN,
+        TABLE,
+        dK,
+        dV,
+        scale,
+        cap,
+        left,
+        right,
+        head_tiles,
+        key_blocks,
+        head_parts,
+        query_parts,
+        width,
+        inner,
+        patience,
+    ):
         prelude = tile.PRELUDE + backward_tiles.PRELUDE + OUTPUT + (PACKED if packed else "")
         blocks = H_kv * B * key_blocks * head_parts * query_parts
         with T.Kernel(blocks, threads=THREADS, prelude=prelude):
@@ -345,6 +368,29 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         inner: T.int32,
         patience: T.int32,
     ):
-        kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, scale, cap, left, right, head_tiles, key_blocks, head_parts, query_parts, width, inner, patience)
+        kernel(
+            Q,
+            K,
+            V,
+            dO,
+            LSE2,
+            DELTA,
+            dQ_sum,
+            TURN,
+            TABLE,
+            dK,
+            dV,
+            scale,
+            cap,
+            left,
+            right,
+            head_tiles,
+            key_blocks,
+            head_parts,
+            query_parts,
+            width,
+            inner,
+            patience,
+        )
 
     return attention_bwd

@@ -60,15 +60,16 @@ class Call(NamedTuple):
 
 # KV heads, of whatever batch, that go longest-first together: so many share the L2 cache well, measured
 _WIDTH = 16
-# From so many queries on the heads of a group go one after the other: less of Q, dO and dQ is at work at a time, so the L2 cache holds it
-_LONG = 16384
+# From so many queries on the heads of a group go one after the other: less of Q, dO and dQ is at work at a time, so the L2 cache holds it.
+# In a fixed order blocks then wait longer for each other. Measured
+_LONG = {(False, False): 16384, (False, True): 4096, (True, False): 32768, (True, True): 32768}
 # How many key blocks' sums a block waits for at most before it adds its own to dQ: the first, which sets it, or all before it
 _PATIENCE = {False: 1, True: 2**31 - 1}
 
 
 def launch(cfg: Backward, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Writes dq, dk and dv of a dense call."""
-    _require_hopper("attention_bwd", call)
+    _check("attention_bwd", call)
     if _without_work(dq, dk, dv):
         return
     H_kv, S_kv = call.k.shape[2], call.k.shape[1]
@@ -83,7 +84,7 @@ def launch(cfg: Backward, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> Non
 
 def launch_varlen(cfg: Backward, call: Call, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Writes dq, dk and dv of packed sequences; 0 for tokens behind the last of them. Lengths stay on the device."""
-    _require_hopper("attention_varlen_bwd", call)
+    _check("attention_varlen_bwd", call)
     if _without_work(dq, dk, dv):
         return
     sequences = cu_seqlens_q.shape[0] - 1
@@ -115,7 +116,7 @@ def _run(
         preprocess(out, rows, lse, dlse, *offsets, space.lse2, space.delta, space.turns, space.table, k.shape[1], right, head_tiles)
     else:
         preprocess(out, rows, lse, dlse, space.lse2, space.delta, space.turns)
-    inner = 1 if q.shape[1] >= _LONG else q.shape[2]
+    inner = 1 if q.shape[1] >= _LONG[call.deterministic, cfg.D > 128] else q.shape[2]
     order = head_tiles, key_blocks, *parts, min(_WIDTH, k.shape[0] * k.shape[2]), inner, _PATIENCE[call.deterministic]
     main(q, k, v, do, space.lse2, space.delta, space.dq, space.turns, space.table, *sums, call.scale, call.softcap, left, right, *order)
     if offsets:
@@ -151,8 +152,10 @@ def _partial(dk: Tensor, dv: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return dk_parts, dv_parts
 
 
-def _require_hopper(function: str, call: Call) -> None:
+def _check(function: str, call: Call) -> None:
     device.require_hopper(function, call.q.device)
+    if not call.deterministic:
+        device.warn_if_deterministic(function)
 
 
 def _without_work(dq: Tensor, dk: Tensor, dv: Tensor) -> bool:

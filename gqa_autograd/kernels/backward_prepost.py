@@ -127,7 +127,9 @@ def build_preprocess(dtype, has_dlse, packed, D_v, block_M, block_N):
                     clear_turns(TURN, place)
                     n = T.call_extern("int32", "gqa::sequence_of", T.address_of(cu_q[0]), offsets - 1, rows_q, block_M, m - 1)
                     first = T.call_extern("int32", "gqa::first_tile", T.address_of(cu_q[0]), n, rows_q, block_M)
-                    count = T.call_extern("int32", "gqa::tokens_of", T.address_of(cu_q[0]), n, offsets - 1, rows_q) - (m - 1 - first) * block_M
+                    count = (
+                        T.call_extern("int32", "gqa::tokens_of", T.address_of(cu_q[0]), n, offsets - 1, rows_q) - (m - 1 - first) * block_M
+                    )
                     start = T.call_extern("int32", "gqa::offset", T.address_of(cu_q[0]), n, rows_q) + (m - 1 - first) * block_M
                     if n < offsets - 1 and first <= m - 1 and count > 0:
                         rows_of(O, dO, LSE, dLSE, LSE2, DELTA, 0, h, place, start, count)

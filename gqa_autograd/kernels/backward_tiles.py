@@ -1,7 +1,7 @@
 """Where a thread block of the backward works, and in which order blocks add to dQ: for dense, packed and split calls.
 
-A thread block owns block_N keys of one KV head, a key block, and passes by the query blocks that see them, the last ones first, either each
-with all heads of the group or, for long sequences, all with one head after the other. Key blocks go to thread blocks by ticket, the first of a
+A thread block owns block_N keys of one KV head, a key block, and passes by the query blocks that see them, the last ones first: each with
+all heads of the group or, for long sequences, all with one head after the other. Key blocks go to thread blocks by ticket, the first of a
 sequence first, which under a causal mask are seen most. The first to add to a tile of dQ sets it, so nobody clears the workspace; the
 others wait for it or, in a deterministic call, for all before them. So nobody waits for a block that has not started, and since all go the
 same way through the queries, hardly anybody waits (docs/design/0006). Dense: sequences are batches. Packed: the preprocessing kernel leaves
@@ -54,7 +54,7 @@ def schedule(form, mask, block_M, block_N, call) -> SimpleNamespace:
 
     @T.macro
     def column(at, order, key_blocks):
-        """The KV head, key block and part of a ticket. In a group of `width` KV heads, of whatever batch, the key block is the slow index."""
+        """KV head, key block and part of a ticket. In a group of `width` KV heads, of whatever batch, the key block is the slow index."""
         blocks = T.alloc_var("int32")
         base = T.alloc_var("int32")
         rest = T.alloc_var("int32")

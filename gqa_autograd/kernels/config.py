@@ -6,7 +6,7 @@ tile depends on a length or on the batch, so a row of a batch has the same bits 
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 
 class Forward(NamedTuple):
@@ -122,7 +122,7 @@ def parts(tile: Forward, S_q: int, S_kv: int, H_q: int, window: tuple[int, int],
 
 
 def sides(mask: str, window: tuple[int, int], far: int) -> tuple[int, int]:
-    """An open side reaches farther than any key; `far` is enough for the widest of the others, too. Of the causal mask the right one is 0."""
+    """An open side reaches farther than any key; `far` is enough for the widest of the others, too. The right one of causal is 0."""
     if mask == "causal":
         return far, 0
     left, right = (far if side < 0 else min(side, far) for side in window)
@@ -177,5 +177,3 @@ def backward_parts(
     best = min((1, 2, 4, 8, 16, 32), key=seconds)
     heads = max(n for n in range(1, min(best, group) + 1) if best % n == 0)
     return heads, min(best // heads, max(end, 1))
-
-

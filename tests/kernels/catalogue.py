@@ -24,7 +24,8 @@ KERNELS = Path(config.__file__).parent
 
 
 class Entry(NamedTuple):
-    """One kernel: family (forward, combine, and of the backward backward, preprocess, postprocess, merge), tile, dtype, and has it the family's option (LSE, dLSE)?"""
+    """One kernel: family (forward, combine; backward, preprocess, postprocess, merge), tile, dtype, and has it the family's option (LSE,
+    dLSE)?"""
 
     family: str
     tile: config.Forward | config.Backward

@@ -133,10 +133,10 @@ class Backward(NamedTuple):
 
 @contextlib.contextmanager
 def deciding(how: Backward) -> Iterator[None]:
-    decided = {"_LONG": 0 if how.one_head_at_a_time else 2**31, "_WIDTH": 2}
+    long = dict.fromkeys(backward_launch._LONG, 0 if how.one_head_at_a_time else 2**31)
     with (
         mock.patch.object(config, "backward_parts", return_value=how.parts),
-        mock.patch.multiple(backward_launch, **decided),
+        mock.patch.multiple(backward_launch, _LONG=long, _WIDTH=2),
     ):
         yield
 

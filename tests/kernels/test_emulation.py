@@ -53,16 +53,19 @@ DENSE = SHARED | {"B": (1, 2), "layout": ("bshd", "bhsd", "fused")}
 WINDOWS = {"window": ((-1, 5), (63, -1), (17, 5), (0, 0), (128, 0), (300, 200))}
 PACKED = {"layout": ("thd", "htd", "fused"), "tails": ((0, 0), (70, 141)), "spoiled": ("nothing", "even", "odd")}
 WAITING = {"one_head_at_a_time": (False, True), "deterministic": (False, True)}
-FORMS = {"forward": "dense", "backward": "dense", "split": "split", "backward_split": "split", "packed": "packed", "backward_packed": "packed"}
+FORMS = {
+    "forward": "dense",
+    "backward": "dense",
+    "split": "split",
+    "backward_split": "split",
+    "packed": "packed",
+    "backward_packed": "packed",
+}
 # Of a test: its axes, the first the lengths
 AXES = {
     "forward": {"S": LENGTHS} | DENSE | WINDOWS | MACHINES,
     "split": {"S": SPLIT_LENGTHS} | DENSE | WINDOWS | MACHINES | {"parts": (2, 3, 5), "lse": (False, True)},
-    "packed": {"packing": tuple(PACKINGS)}
-    | SHARED
-    | WINDOWS
-    | MACHINES
-    | PACKED,
+    "packed": {"packing": tuple(PACKINGS)} | SHARED | WINDOWS | MACHINES | PACKED,
     "backward": {"S": LENGTHS} | DENSE | WINDOWS | WAITING | {"dlse": (False, True)},
     "backward_split": {"S": LENGTHS} | DENSE | WINDOWS | WAITING | {"dlse": (False, True), "parts": ((2, 1), (1, 3), (2, 2), (3, 2))},
     "backward_packed": {"packing": tuple(PACKINGS)} | SHARED | WINDOWS | WAITING | PACKED,
