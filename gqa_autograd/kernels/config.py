@@ -64,7 +64,7 @@ def _forwards(D: int, D_v: int) -> Iterator[Forward]:
 
 
 FORWARD = {(D, D_v, t.mask, t.softcap, t.form): t for D, D_v in _FORWARD for t in _forwards(D, D_v)}
-# (D, D_v): (block_M, block_N); with a softcap, which needs registers
+# (D, D_v): (block_M, block_N); with a softcap or packed, which need registers
 _BACKWARD = {
     (64, 64): ((128, 128), (64, 128)),
     (96, 96): ((64, 128), (64, 128)),
@@ -74,7 +74,7 @@ _BACKWARD = {
     (256, 256): ((64, 64), (64, 64)),
 }
 BACKWARD = {
-    (*sizes, mask, softcap, form): Backward(*sizes, mask, softcap, form, *blocks[softcap], 2)
+    (*sizes, mask, softcap, form): Backward(*sizes, mask, softcap, form, *blocks[softcap or form == "packed"], 2)
     for sizes, blocks in _BACKWARD.items()
     for mask, softcap, form in itertools.product(MASKS, (False, True), FORMS)
 }
