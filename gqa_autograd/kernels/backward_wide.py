@@ -32,6 +32,11 @@ PANEL = 64
 PANEL_LINES = ROWS * PANEL // LINE
 
 
+def _blocked(i, j):
+    """Element (i, j) of a panel, or of P -> its line and column, where a warp's 64-bit accesses are 256 contiguous bytes."""
+    return dq_place(Piece(0, ROWS, 0, PANEL), i, j, ROWS, PANEL)
+
+
 @tilelang.jit(pass_configs=tile.OWN_BARRIERS, target=tile.TARGET)
 def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     names = ("B", "rows_q", "rows_kv", "H_q", "H_kv", "B_out", "turns", "tiles", "entries")
@@ -55,7 +60,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
 
     @T.macro
     def probabilities(stage, m, masked, at, where, smem, frags, call):
-        """P_16 becomes the probabilities, and under a softcap `handed` what dP - delta must be multiplied with in their stead."""
+        """P_16 becomes the probabilities, P what dP - delta must be multiplied with."""
         if softcap:
             tile.softcap(frags, ROWS, block_M, 2 * tile.LOG2E * call.scale / call.cap)
         scale_log2 = (call.cap if softcap else call.scale) * tile.LOG2E
@@ -67,8 +72,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         T.copy(frags.P, frags.P_16)
         if softcap:
             for i, j in T.Parallel(ROWS, block_M):
-                frags.S[i, j] = frags.P[i, j] * (1.0 - frags.S[i, j] * frags.S[i, j])
-            T.copy(frags.S, frags.handed)
+                frags.P[i, j] *= 1.0 - frags.S[i, j] * frags.S[i, j]
 
     @T.macro
     def multiply_dq(w, smem, frags):
@@ -81,7 +85,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         buffer, phase = panel(w, turn, p)
         T.mbarrier_wait_parity(bars.dq_empty[buffer], phase ^ 1)
         for i, j in T.Parallel(ROWS, PANEL):
-            line, column = dq_place(Piece(0, ROWS, 0, PANEL), i, j, ROWS, PANEL)
+            line, column = _blocked(i, j)
             smem.dQ[buffer, line, column] = frags.dQ[i, p * PANEL + j]
         T.fence_proxy_async()
         T.mbarrier_arrive(bars.dq_full[buffer])
@@ -106,7 +110,9 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         T.wait_wgmma(0)
         probabilities(stage, m, masked, at, where, smem, frags, call)
         # The other warpgroup has read the P before: it handed its dS on since
-        T.copy(frags.handed, smem.P)
+        for i, j in T.Parallel(ROWS, block_M):
+            line, column = _blocked(i, j)
+            smem.P[line, column] = frags.P[i, j]
         T.named_barrier_arrive(HANDED, CONSUMERS)
         T.mbarrier_wait_parity(bars.do_full[do_stage], do_phase)
         T.wgmma_gemm(frags.P_16, smem.dO[do_stage, :, :], frags.dV, policy=tile.FULL_ROW)
@@ -133,10 +139,12 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         T.wgmma_gemm(frags.V, smem.dO[do_stage, :, :], frags.dP, transpose_B=True, policy=tile.FULL_ROW, clear_accum=True)
         # Whoever hands P on has finished the dQ product of the turn before: dS may be overwritten
         T.sync_threads(HANDED, CONSUMERS)
-        T.copy(smem.P, frags.P)
+        for i, j in T.Parallel(ROWS, block_M):
+            line, column = _blocked(i, j)
+            frags.P[i, j] = smem.P[line, column]
         T.wait_wgmma(0)
         for i, j in T.Parallel(ROWS, block_M):
-            frags.dP[i, j] = T.cast(frags.P[i, j], "float32") * (frags.dP[i, j] - smem.delta[do_stage, j])
+            frags.dP[i, j] = frags.P[i, j] * (frags.dP[i, j] - smem.delta[do_stage, j])
         T.copy(frags.dP, frags.dS)
         T.copy(frags.dS, smem.dS)
         T.fence_proxy_async()
@@ -196,13 +204,12 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         S = T.alloc_fragment([ROWS, block_M], "float32")
         P = T.alloc_fragment([ROWS, block_M], "float32")
         P_16 = T.alloc_fragment([ROWS, block_M], dtype)
-        handed = T.alloc_fragment([ROWS, block_M], dtype) if softcap else P_16
         dV = T.alloc_fragment([ROWS, D_v], "float32")
         dQ = T.alloc_fragment([ROWS, len(pieces[w]) * PANEL], "float32")
         low = T.alloc_fragment([ROWS], "int32")
         high = T.alloc_fragment([ROWS], "int32")
         K_own = T.alloc_fragment([block_N, D], dtype) if keep_K else smem.K
-        frags = SimpleNamespace(K=K_own, S=S, P=P, P_16=P_16, handed=handed, dV=dV, dQ=dQ, low=low, high=high)
+        frags = SimpleNamespace(K=K_own, S=S, P=P, P_16=P_16, dV=dV, dQ=dQ, low=low, high=high)
         T.fill(dV, 0)
         T.fill(dQ, 0)
         await_keys(at, where, smem, bars)
@@ -217,7 +224,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     def gradients(w, at, where, smem, bars, dK_out, call):
         """The second."""
         T.set_max_nreg(CONSUMER_REGISTERS, 1)
-        P = T.alloc_fragment([ROWS, block_M], dtype)
+        P = T.alloc_fragment([ROWS, block_M], "float32")
         dP = T.alloc_fragment([ROWS, block_M], "float32")
         dS = T.alloc_fragment([ROWS, block_M], dtype)
         dK = T.alloc_fragment([ROWS, D], "float32")
@@ -260,44 +267,21 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             roles.advance(spot, at)
 
     @T.macro
-    def kernel(
-        Q,
-        K,
-        V,
-        dO,
-        LSE2,
-        DELTA,
-        dQ_sum,
-        TURN,
-        TABLE,
-        dK,
-        dV,
-        scale,
-        cap,
-        left,
-        right,
-        head_tiles,
-        key_blocks,
-        head_parts,
-        query_parts,
-        width,
-        inner,
-        patience,
-    ):
+    def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, call):
         prelude = tile.PRELUDE + backward_tiles.PRELUDE + OUTPUT + (PACKED if packed else "")
-        with T.Kernel(H_kv * B * key_blocks * head_parts * query_parts, threads=THREADS, prelude=prelude):
+        with T.Kernel(H_kv * B * call.key_blocks * call.head_parts * call.query_parts, threads=THREADS, prelude=prelude):
             K_smem = T.alloc_shared([block_N, D], dtype)
             V_smem = T.alloc_shared([block_N, D_v], dtype)
             Q_smem = T.alloc_shared([stages, block_M, D], dtype)
             dO_smem = T.alloc_shared([do_stages, block_M, D_v], dtype)
             dS_smem = T.alloc_shared([block_N, block_M], dtype)
-            P_smem = T.alloc_shared([block_N, block_M], dtype)
+            P_smem = T.alloc_shared([PANEL_LINES, LINE], "float32")
             dQ_smem = T.alloc_shared([sum(held), PANEL_LINES, LINE], "float32")
             lse_smem = T.alloc_shared([stages, block_M], "float32")
             delta_smem = T.alloc_shared([do_stages, block_M], "float32")
             at = T.alloc_shared([FIELDS], "int32")
-            T.annotate_layout({b: make_swizzled_layout(b) for b in (K_smem, V_smem, Q_smem, dO_smem, P_smem, dS_smem)})
-            T.annotate_layout({dQ_smem: make_linear_layout(dQ_smem)})
+            T.annotate_layout({b: make_swizzled_layout(b) for b in (K_smem, V_smem, Q_smem, dO_smem, dS_smem)})
+            T.annotate_layout({b: make_linear_layout(b) for b in (P_smem, dQ_smem)})
             blocks = {"K": K_smem, "V": V_smem, "Q": Q_smem, "dO": dO_smem, "dS": dS_smem, "P": P_smem, "dQ": dQ_smem}
             smem = SimpleNamespace(**blocks, lse=lse_smem, delta=delta_smem)
             # Assigned one by one: the generated code takes their names from here
@@ -311,10 +295,6 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             dq_empty = T.alloc_barrier([1] * sum(held))
             rings = {"q_full": q_full, "q_empty": q_empty, "do_full": do_full, "do_empty": do_empty}
             bars = SimpleNamespace(k_full=k_full, v_full=v_full, dq_full=dq_full, dq_empty=dq_empty, **rings)
-            sizes = {"B": B, "H_q": H_q, "H_kv": H_kv, "rows_q": rows_q, "rows_kv": rows_kv, "columns": B * H_kv}
-            numbers = {"scale": scale, "cap": cap, "left": left, "right": right}
-            blocks_of = {"head_tiles": head_tiles, "key_blocks": key_blocks, "head_parts": head_parts, "query_parts": query_parts}
-            call = SimpleNamespace(**sizes, **numbers, **blocks_of, width=width, inner=inner, patience=patience)
             where = backward_tiles.schedule(form, mask, block_M, block_N, call)
             thread = T.get_thread_binding()
             if thread == 0:
@@ -343,6 +323,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     keys = T.StridedTensor([B, rows_kv, H_kv, D], strides["K"], dtype)
     values = T.StridedTensor([B, rows_kv, H_kv, D_v], strides["V"], dtype)
     gradients_out = T.StridedTensor([B, rows_q, H_q, D_v], strides["dO"], dtype)
+    sizes = {"B": B, "H_q": H_q, "H_kv": H_kv, "rows_q": rows_q, "rows_kv": rows_kv, "columns": B * H_kv}
     kind = "float32" if form == "split" else dtype
 
     @T.prim_func
@@ -371,29 +352,8 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         inner: T.int32,
         patience: T.int32,
     ):
-        kernel(
-            Q,
-            K,
-            V,
-            dO,
-            LSE2,
-            DELTA,
-            dQ_sum,
-            TURN,
-            TABLE,
-            dK,
-            dV,
-            scale,
-            cap,
-            left,
-            right,
-            head_tiles,
-            key_blocks,
-            head_parts,
-            query_parts,
-            width,
-            inner,
-            patience,
-        )
+        numbers = {"scale": scale, "cap": cap, "left": left, "right": right, "width": width, "inner": inner, "patience": patience}
+        blocks = {"head_tiles": head_tiles, "key_blocks": key_blocks, "head_parts": head_parts, "query_parts": query_parts}
+        kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, SimpleNamespace(**sizes, **numbers, **blocks))
 
     return attention_bwd
