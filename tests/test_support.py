@@ -248,7 +248,9 @@ def test_warmup_builds_what_its_calls_need(varlen, monkeypatch):
     assert {(p.name, p.configuration) for p in programs} == {(p.name, p.configuration) for p in wanted}
 
 
-@pytest.mark.parametrize(("S_q", "S_kv", "trained", "forms"), [(16, 8192, True, ("split", "dense")), (4096, 4096, True, ("dense", "split"))])
+@pytest.mark.parametrize(
+    ("S_q", "S_kv", "trained", "forms"), [(16, 8192, True, ("split", "dense")), (4096, 4096, True, ("dense", "split"))]
+)
 def test_explain_shows_a_split(S_q, S_kv, trained, forms, monkeypatch):
     """As beside a GPU of 132 multiprocessors."""
     from gqa_autograd.kernels import device
