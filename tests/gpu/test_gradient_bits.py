@@ -1,4 +1,4 @@
-"""With deterministic=True gradients have the same bits from run to run, a thousand times, with other work beside them; without, dk and dv have."""
+"""With deterministic=True gradients repeat bit for bit, a thousand times, with other work beside them; without it dk and dv do."""
 
 import warnings
 
