@@ -29,7 +29,7 @@ part() {
         window) rows forward 2 --cases window softcap --against fa2 flex ;;                  # 130, half of it torch.compile
         heads) rows forward 4 --cases head-sizes --against cudnn ;;                          # 40
         tiny) rows forward 4 --cases tiny --against cudnn fa2 --metric host graph ;;         # 15
-        bwd-peers) rows backward 4 --cases peers --against cudnn ;;                          # 100
+        bwd-peers) rows backward 4 --cases peers --against ours-det cudnn ;;                 # 150
         bwd-fp16) rows backward 2 --cases peers --against cudnn --dtype float16 ;;           # 60
         bwd-varlen) rows backward 2 --cases varlen --against ours-dense fa2 ;;               # 100
         bwd-small) rows backward 3 --cases small-training --against cudnn --repeats 40 ;;    # 80

@@ -67,13 +67,25 @@ def contestant(attend: Attend, version: str, op: str, tensors: tuple[Tensor, ...
 
 
 def ours(case: Case, op: str, *tensors: Tensor) -> Contestant:
-    made = contestant(lambda q, k, v: gqa_autograd.attention(q, k, v, **case.options), gqa_autograd.__version__, op, tensors)
-    made = made._replace(deterministic=True)
+    """Its forward has the same bits from run to run, its backward does not promise it."""
+    return _ours(case, op, tensors, False)
+
+
+def ours_det(case: Case, op: str, *tensors: Tensor) -> Contestant:
+    """The backward with deterministic=True."""
+    if op == "forward":
+        raise NoRow("ours is deterministic in a forward")
+    return _ours(case, op, tensors, True)
+
+
+def _ours(case: Case, op: str, tensors: tuple[Tensor, ...], deterministic: bool) -> Contestant:
+    attend = functools.partial(gqa_autograd.attention, **case.options, deterministic=deterministic)
+    made = contestant(attend, gqa_autograd.__version__, op, tensors)._replace(deterministic=deterministic or op == "forward")
     if op == "forward":
         return made
     q, k, v, do = (t.detach() for t in tensors)
     out, lse = gqa_autograd.attention_with_lse(q, k, v, **case.options)
-    return made._replace(backward=lambda: ops.attention_bwd(do, q, k, v, out, lse, None, *case.formula))
+    return made._replace(backward=lambda: ops.attention_bwd(do, q, k, v, out, lse, None, *case.formula, deterministic))
 
 
 def ours_lse(case: Case, op: str, *tensors: Tensor) -> Contestant:
@@ -167,6 +179,7 @@ def _forward_only(make: Callable[[Case], tuple[Attend, str]]) -> Callable[..., C
 CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "ours": ours,
     "ours-lse": ours_lse,
+    "ours-det": ours_det,
     "ours-dense": ours_dense,
     "cudnn": cudnn,
     "fa2": fa2,
@@ -177,7 +190,7 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "fla": _differentiable(optional.fla),
 }
 # Ours in another form: only where one asks for it
-VARIANTS = ("ours-lse", "ours-dense")
+VARIANTS = ("ours-lse", "ours-det", "ours-dense")
 PEERS = tuple(name for name in CONTESTANTS if name != "ours" and name not in VARIANTS)
 
 

@@ -29,15 +29,25 @@ def _forward_only(make: Callable[[Pack, torch.device], tuple[Attend, str]]) -> C
 
 def ours(pack: Pack, op: str, *tensors: Tensor) -> Contestant:
     """As baselines.ours: the backward is the operator itself."""
-    starts = offsets(pack.lengths, tensors[0].device)
-    attend = lambda q, k, v: gqa_autograd.attention_varlen(q, k, v, starts, starts, **pack.options)  # noqa: E731
-    made = baselines.contestant(attend, gqa_autograd.__version__, op, tensors)._replace(deterministic=True)
+    return _ours(pack, op, tensors, False)
+
+
+def ours_det(pack: Pack, op: str, *tensors: Tensor) -> Contestant:
+    if op == "forward":
+        raise NoRow("ours is deterministic in a forward")
+    return _ours(pack, op, tensors, True)
+
+
+def _ours(pack: Pack, op: str, tensors: tuple[Tensor, ...], deterministic: bool) -> Contestant:
+    starts, options = offsets(pack.lengths, tensors[0].device), {**pack.options, "deterministic": deterministic}
+    attend = lambda q, k, v: gqa_autograd.attention_varlen(q, k, v, starts, starts, **options)  # noqa: E731
+    made = baselines.contestant(attend, gqa_autograd.__version__, op, tensors)._replace(deterministic=deterministic or op == "forward")
     if op == "forward":
         return made
     q, k, v, do = (t.detach() for t in tensors)
     out, lse = gqa_autograd.attention_varlen_with_lse(q, k, v, starts, starts, **pack.options)
     run = ops_varlen.attention_varlen_bwd
-    return made._replace(backward=lambda: run(do, q, k, v, out, lse, None, starts, starts, *pack.case.formula))
+    return made._replace(backward=lambda: run(do, q, k, v, out, lse, None, starts, starts, *pack.case.formula, deterministic))
 
 
 def ours_lse(pack: Pack, op: str, *tensors: Tensor) -> Contestant:
@@ -68,6 +78,7 @@ def fa2(pack: Pack, device: torch.device) -> tuple[Attend, str]:
 CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "ours": ours,
     "ours-lse": ours_lse,
+    "ours-det": ours_det,
     "ours-dense": ours_dense,
     "fa2": fa2,
     "fa3": _differentiable(optional.fa3_packed),

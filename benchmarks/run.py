@@ -12,8 +12,8 @@ Metrics are kept apart, each in rows of its own:
     span   from the first kernel's start to the last one's end, in the same trials
     graph  a call in a CUDA graph of 20, by events; caches not flushed
     host   time until a call returns, GPU not waited for; an eager user's backward, through autograd
-Ours in other forms: ours-lse also writes LSE; ours-dense stands beside a pack (set varlen) with our dense attention on a shape of as many
-tokens and FLOPs, its rate its own.
+Ours in other forms: ours-lse also writes LSE; ours-det is a backward with deterministic=True; ours-dense stands beside a pack (set varlen)
+with our dense attention on a shape of as many tokens and FLOPs, its rate its own.
 A contestant that is not installed, or can't compute a shape, is named with the reason and has no row. Nothing stands in for it.
 """
 

@@ -18,7 +18,16 @@ RESULTS = Path(__file__).parent / "results" / "h200"
 # The first that there are rows of counts; earlier runs were timed by events around the call
 METRICS = ("busy", "span")
 CONTESTANTS = ("ours", "cudnn")
-LABELS = {"ours": "ours", "cudnn": "cuDNN", "fa2": "FA2", "flex": "Flex", "fa3": "FA3", "fa4": "FA4", "flashinfer": "FlashInfer"}
+LABELS = {
+    "ours": "ours",
+    "cudnn": "cuDNN",
+    "fa2": "FA2",
+    "flex": "Flex",
+    "ours-det": "ours, deterministic",
+    "fa3": "FA3",
+    "fa4": "FA4",
+    "flashinfer": "FlashInfer",
+}
 # Of each shape the fastest backward that a peer was seen to have on an H200: TFLOP/s of bf16, measured once in one process with torch 2.11,
 # cuDNN 9.19, the FA3 of its time and FA4 for SM90, median of do_bench with the L2 cache flushed. Those that are not installed here stand in
 # no row of ours, so their figures are of another run; 586-597 is taken as 597
@@ -190,16 +199,26 @@ def small_grids(results: Path = RESULTS) -> str:
 
 def lse(results: Path = RESULTS) -> str:
     """What LSE costs, over the set peers."""
+    return _variant("forward", "ours-lse", "With LSE", results)
+
+
+def _variant(op: str, variant: str, what: str, results: Path) -> str:
+    """How much longer ours takes in another form."""
     shapes = cases.SETS["peers"]
-    rows = newest("forward", results, shapes, ["ours", "ours-lse"])
+    rows = newest(op, results, shapes, ["ours", variant])
     if not rows:
         return ""
-    ratios = sorted(row_of(rows, c, "ours-lse")["ms"]["p50"] / row_of(rows, c, "ours")["ms"]["p50"] for c in shapes)
+    ratios = sorted(row_of(rows, c, variant)["ms"]["p50"] / row_of(rows, c, "ours")["ms"]["p50"] for c in shapes)
     mean = statistics.geometric_mean(ratios)
     return (
-        f"With LSE the {len(shapes)} shapes take {ratios[0]:.3f} to {ratios[-1]:.3f} times as long as without, "
-        f"geometric mean {mean:.3f} ({_told(rows, 'forward')})."
+        f"{what} the {len(shapes)} shapes take {ratios[0]:.3f} to {ratios[-1]:.3f} times as long as without, "
+        f"geometric mean {mean:.3f} ({_told(rows, op)})."
     )
+
+
+def deterministic(results: Path = RESULTS) -> str:
+    """What a fixed order of dq's sums costs, over the set peers."""
+    return _variant("backward", "ours-det", "With deterministic=True", results)
 
 
 TABLES: tuple[Callable[[Path], str], ...] = (
@@ -207,6 +226,7 @@ TABLES: tuple[Callable[[Path], str], ...] = (
     peers,
     peers_backward,
     lse,
+    deterministic,
     varlen,
     varlen_backward,
     small_grids,

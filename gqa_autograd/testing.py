@@ -127,9 +127,11 @@ def make(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> tuple
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), tensor(case.S_q, case.H_q, D_v)
 
 
-def ours(case: Case, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor | None = None) -> Result:
+def ours(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor | None = None, *, deterministic: bool | None = None
+) -> Result:
     """The public function of this package, differentiated by autograd."""
-    out, lse = functional.attention_with_lse(q, k, v, **case.options)
+    out, lse = functional.attention_with_lse(q, k, v, **case.options, deterministic=deterministic)
     outputs = ((out, do),) if dlse is None else ((out, do), (lse, dlse))
     grads = torch.autograd.grad([o for o, _ in outputs], (q, k, v), [g for _, g in outputs])
     return Result(out.detach(), lse.detach(), *grads)

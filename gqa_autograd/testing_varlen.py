@@ -122,9 +122,11 @@ def spoil(case: PackedCase, args: tuple, sequences: tuple[int, ...] = (), value:
     return *spoiled, *cu_seqlens
 
 
-def ours(case: PackedCase, q, k, v, do, cu_seqlens_q, cu_seqlens_k, dlse: Tensor | None = None) -> Result:
+def ours(
+    case: PackedCase, q, k, v, do, cu_seqlens_q, cu_seqlens_k, dlse: Tensor | None = None, *, deterministic: bool | None = None
+) -> Result:
     """The public function of this package, differentiated by autograd."""
-    out, lse = functional.attention_varlen_with_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, **case.options)
+    out, lse = functional.attention_varlen_with_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, **case.options, deterministic=deterministic)
     outputs = ((out, do),) if dlse is None else ((out, do), (lse, dlse))
     grads = torch.autograd.grad([o for o, _ in outputs], (q, k, v), [g for _, g in outputs])
     return Result(out.detach(), lse.detach(), *grads)

@@ -1,4 +1,4 @@
-"""Into how many parts the keys of a call are split."""
+"""Into how many parts the keys of a call, and the steps of its backward, are split."""
 
 import itertools
 
@@ -81,3 +81,77 @@ def test_a_window_is_counted():
 def test_a_call_without_queries_has_an_answer():
     tile = config.FORWARD[128, 128, "causal", False, "dense"]
     assert config.parts(tile, 0, 4096, 8, (-1, 0), 132) >= 1
+
+
+# --- backward ---
+BACKWARDS = [tile for tile in config.BACKWARD.values() if tile.form == "dense"]
+B = (1, 2, 5)
+GROUPS = ((1, 1), (8, 1), (6, 2), (16, 16), (32, 8), (96, 1))
+
+
+def backward_parts(tile: config.Backward, B: int, S: int, H_q: int, H_kv: int, S_kv: int | None = None, window=CAUSAL) -> tuple[int, int]:
+    return config.backward_parts(tile, B, S, H_q, S if S_kv is None else S_kv, H_kv, window, 132)
+
+
+def test_parts_of_a_backward_by_hand():
+    """On an H200. The first has blocks enough, the last of these groups has one head and few queries."""
+    tile = config.BACKWARD[128, 128, "causal", False, "dense"]
+    for call, parts in {
+        (4, 512, 32, 8): (1, 1),
+        (1, 2048, 32, 8): (2, 1),
+        (1, 4096, 8, 1): (8, 1),
+        (1, 8192, 32, 8): (1, 1),
+        (1, 2048, 16, 16): (1, 1),
+    }.items():
+        assert backward_parts(tile, *call) == parts, call
+
+
+def test_queries_are_split_where_a_group_has_too_few_heads():
+    tile = config.BACKWARD[128, 128, "full", False, "dense"]
+    heads, queries = backward_parts(tile, 1, 8192, 2, 1, S_kv=128, window=FULL)
+    assert heads == 2
+    assert queries > 1
+
+
+@pytest.mark.parametrize("tile", BACKWARDS, ids=lambda tile: f"{tile.D}-{tile.D_v}-{tile.mask}-{tile.softcap}")
+def test_parts_of_a_backward_are_never_empty_by_their_number(tile):
+    """Heads in parts of at least one, queries in parts of at least a block; powers of two where the queries allow; 32 at most."""
+    split = set()
+    for b, S_q, S_kv, (H_q, H_kv), window, multiprocessors in itertools.product(
+        B, (1, 65, 512, 4096), (1, 511, 5000), GROUPS, WINDOWS[tile.mask], MULTIPROCESSORS
+    ):
+        heads, queries = config.backward_parts(tile, b, S_q, H_q, S_kv, H_kv, window, multiprocessors)
+        assert 1 <= heads <= H_q // H_kv
+        assert 1 <= queries <= -(-S_q // tile.block_M)
+        assert heads * queries <= 32
+        assert heads & (heads - 1) == 0
+        if b * H_kv * -(-S_kv // tile.block_N) > 4 * multiprocessors:
+            assert (heads, queries) == (1, 1)
+        split.add((heads > 1, queries > 1))
+    assert {(False, False), (True, False)} <= split
+    assert any(queries for _, queries in split)
+
+
+@pytest.mark.parametrize("sizes", config.D_BACKWARD, ids=str)
+def test_a_window_limits_the_parts_of_a_backward(sizes):
+    """Where few queries see a key block, parts would have nothing to do; open sides see all of them."""
+    window, full = (config.BACKWARD[(*sizes, mask, False, "dense")] for mask in ("window", "full"))
+    assert backward_parts(window, 1, 8192, 1, 1, S_kv=512, window=(10, 0)) == (1, 1)
+    open_side = backward_parts(window, 1, 8192, 1, 1, S_kv=512, window=(10**12, -1))
+    assert open_side == backward_parts(full, 1, 8192, 1, 1, S_kv=512, window=FULL) != (1, 1)
+
+
+@pytest.mark.parametrize("tile", BACKWARDS, ids=lambda tile: f"{tile.D}-{tile.D_v}-{tile.mask}-{tile.softcap}")
+@pytest.mark.parametrize("sizes", [(0, 100, 100), (1, 0, 100), (1, 100, 0), (1, 0, 0)], ids=str)
+def test_an_empty_backward_has_an_answer(tile, sizes):
+    b, S_q, S_kv = sizes
+    for H_q, H_kv in GROUPS:
+        assert config.backward_parts(tile, b, S_q, H_q, S_kv, H_kv, WINDOWS[tile.mask][0], 132) >= (1, 1)
+
+
+def test_more_rows_in_a_batch_need_fewer_parts():
+    """Of the backward the batch is an argument: what fills the device alone is not split, since parts cost memory and time."""
+    tile = config.BACKWARD[128, 128, "causal", False, "dense"]
+    found = [heads * queries for heads, queries in (backward_parts(tile, b, 1024, 8, 1) for b in (1, 2, 4, 8, 16, 64))]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1] == 1

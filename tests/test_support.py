@@ -59,34 +59,33 @@ def test_explain_names_the_operators_that_run(requires_grad, return_lse, operato
 MASKS = {"causal": {"causal": True}, "full": {}, "window": {"window": (17, 4)}}
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("sizes", config.D_FORWARD, ids=str)
-def test_explain_shows_the_tiles_of_a_cuda_call(sizes, mask, softcap):
-    """Each size and each feature on its kernel, in the forward; none leaves the fast path."""
+def test_explain_shows_the_tiles_of_a_cuda_call(sizes, mask, softcap, deterministic, trained):
+    """Each size and each feature on its kernels; none leaves the fast path."""
     D, D_v = sizes
-    trained = sizes in config.D_BACKWARD and mask != "window" and softcap == 0
     with FakeTensorMode():
-        said = gqa_autograd.explain(*qkv(D, requires_grad=trained, D_v=D_v), softcap=softcap, **MASKS[mask])
+        said = gqa_autograd.explain(*qkv(D, requires_grad=trained, D_v=D_v), softcap=softcap, deterministic=deterministic, **MASKS[mask])
     assert said.body == support.KERNEL
     assert said.forward_tile == config.FORWARD[D, D_v, mask, softcap > 0, "dense"]
-    assert said.backward_tile == (config.BACKWARD[D, mask == "causal"] if trained else None)
+    assert said.backward_tile == (config.BACKWARD[D, D_v, mask, softcap > 0, "dense"] if trained else None)
     assert f"block_N={said.forward_tile.block_N}" in str(said)
 
 
+def test_gradients_have_the_sizes_of_the_forward():
+    assert config.D_BACKWARD == config.D_FORWARD
+    assert set(config.BACKWARD) == set(config.FORWARD)
+    for key, tile in config.BACKWARD.items():
+        assert key == (tile.D, tile.D_v, tile.mask, tile.softcap, tile.form)
+
+
 REFUSED = [
-    ({"softcap": 3.0}, {}, NotImplementedError, "attention: softcap for gradients on CUDA must be 0 (off), no kernel has it yet, got 3.0"),
-    (
-        {"window": (3, 0)},
-        {},
-        NotImplementedError,
-        "attention: window for gradients on CUDA must be (-1, -1), or (-1, 0) as causal makes it, no kernel has another yet, got (3, 0)",
-    ),
-    ({"window": (-1, 2)}, {}, NotImplementedError, "got (-1, 2); the forward alone runs under torch.no_grad()"),
     ({}, {"D": 80}, NotImplementedError, f"attention: (D, D_v) on CUDA must be one of {config.D_FORWARD}, got (80, 80)"),
+    ({"softcap": 3.0, "window": (3, 0)}, {"D": 320}, NotImplementedError, "got (320, 320)"),
     ({}, {"D_v": 64}, NotImplementedError, "got (128, 64)"),
-    ({}, {"D": 96}, NotImplementedError, f"attention: (D, D_v) for gradients on CUDA must be one of {config.D_BACKWARD}, got (96, 96)"),
-    ({"deterministic": True}, {}, NotImplementedError, "attention: deterministic must be False for gradients on CUDA"),
     (
         {},
         {"dtype": torch.float32, "requires_grad": False},
@@ -105,7 +104,18 @@ def test_cuda_refuses_by_name(function, options, tensors, error, message):
     assert message in str(caught.value)
 
 
-PACKED = "q, k and v on CUDA must not require gradients, packed sequences have no backward kernel yet; the forward alone runs under"
+def test_a_backward_without_a_kernel_is_refused_by_name():
+    """Also one called on its own, before anything is allocated; the forward's refusal comes first elsewhere."""
+    rest = f"(D, D_v) for gradients on CUDA must be one of {config.D_BACKWARD}, got (80, 80); the forward alone runs under torch.no_grad()"
+    with FakeTensorMode():
+        q, k, v = qkv(80, requires_grad=False)
+        lse = torch.empty(2, 8, 33, dtype=torch.float32, device="cuda")
+        with pytest.raises(NotImplementedError, match=re.escape(f"attention_bwd: {rest}")):
+            torch.ops.gqa_autograd.attention_bwd(q, q, k, v, q, lse, None)
+        q, k, v, *offsets = packed(D=80, requires_grad=False)
+        lse = torch.empty(8, 66, dtype=torch.float32, device="cuda")
+        with pytest.raises(NotImplementedError, match=re.escape(f"attention_varlen_bwd: {rest}")):
+            torch.ops.gqa_autograd.attention_varlen_bwd(q, q, k, v, q, lse, None, *offsets)
 
 
 def packed(**changed):
@@ -114,33 +124,14 @@ def packed(**changed):
     return q, k, v, *(torch.zeros(3, dtype=torch.int32, device=q.device) for _ in "qk")
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
-@pytest.mark.parametrize("function", [gqa_autograd.attention_varlen, gqa_autograd.attention_varlen_with_lse])
-def test_gradients_of_packed_sequences_are_refused_on_cuda(function, compiled):
-    """Before the forward, in eager and while compile traces; the forward alone has its kernel, and so has a raw backward its refusal."""
-    call = torch.compile(function, backend="eager", fullgraph=True) if compiled else function
-    with FakeTensorMode():
-        tensors = packed()
-        with pytest.raises(Exception, match=re.escape(f"attention_varlen: {PACKED}")) as caught:
-            call(*tensors)
-        assert compiled or caught.type is NotImplementedError
-        with torch.no_grad():
-            assert call(*tensors) is not None
-        q, k, v, *offsets = (t.detach() for t in tensors)
-        out, lse = gqa_autograd.attention_varlen_with_lse(q, k, v, *offsets)
-        with pytest.raises(NotImplementedError, match=re.escape(f"attention_varlen_bwd: {PACKED}")):
-            torch.ops.gqa_autograd.attention_varlen_bwd(out, q, k, v, out, lse, None, *offsets)
-
-
 @pytest.mark.parametrize("function", ["attention_varlen", "explain"])
 @pytest.mark.parametrize(
     ("tensors", "error", "message"),
     [
         ({"D": 80}, NotImplementedError, f"attention_varlen: (D, D_v) on CUDA must be one of {config.D_FORWARD}, got (80, 80)"),
         ({"dtype": torch.float32}, TypeError, "attention_varlen: q, k and v on CUDA must be float16 or bfloat16, got float32; cast them"),
-        ({"requires_grad": True}, NotImplementedError, f"attention_varlen: {PACKED}"),
     ],
-    ids=["size", "dtype", "gradient"],
+    ids=["size", "dtype"],
 )
 def test_cuda_refuses_packed_sequences_by_name(function, tensors, error, message):
     with FakeTensorMode():
@@ -149,43 +140,28 @@ def test_cuda_refuses_packed_sequences_by_name(function, tensors, error, message
             getattr(gqa_autograd, function)(q, k, v, **dict(zip(("cu_seqlens_q", "cu_seqlens_k"), offsets, strict=True)))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_explain_packed_sequences(return_lse):
+def test_explain_packed_sequences(return_lse, requires_grad):
     with FakeTensorMode():
-        q, k, v, cu_q, cu_k = packed(requires_grad=False)
+        q, k, v, cu_q, cu_k = packed(requires_grad=requires_grad)
         said = gqa_autograd.explain(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=33, causal=True, return_lse=return_lse)
-    assert said.operators == ("attention_varlen_fwd_lse" if return_lse else "attention_varlen_fwd",)
+    forward = "attention_varlen_fwd_lse" if return_lse or requires_grad else "attention_varlen_fwd"
+    assert said.operators == (forward, *["attention_varlen_bwd"] * requires_grad)
     assert said.body == support.KERNEL
-    assert said.forward_tile == config.forward("", 128, 128, -1, 0, 0.0, packed=True)
-    assert said.backward_tile is None
+    assert said.forward_tile == config.FORWARD[128, 128, "causal", False, "packed"]
+    assert said.backward_tile == (config.BACKWARD[128, 128, "causal", False, "packed"] if requires_grad else None)
     q, k, v, cu_q, cu_k = packed(device="cpu")
     said = gqa_autograd.explain(q.detach().requires_grad_(), k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
     assert said == (("attention_varlen_fwd_lse", "attention_varlen_bwd"), support.REFERENCE, None, None)
-
-
-@pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["", "deterministic"])
-def test_what_a_gradient_would_refuse_runs_without_one(options):
-    with FakeTensorMode():
-        q, k, v = qkv(256, requires_grad=False)
-        assert gqa_autograd.attention(q, k, v, **options).shape == q.shape
-
-
-def test_deterministic_mode_that_only_warns_does_not_refuse():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with FakeTensorMode():
-        assert gqa_autograd.explain(*qkv()).backward_tile is not None
-    torch.use_deterministic_algorithms(True)
-    with FakeTensorMode(), pytest.raises(NotImplementedError, match="deterministic"):
-        gqa_autograd.explain(*qkv())
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"D": 80}, NotImplementedError, "warmup: (D, D_v) on CUDA must be one of"),
-        ({"D": 256}, NotImplementedError, "warmup: (D, D_v) for gradients on CUDA must be one of"),
-        ({"D": 128, "window": True}, NotImplementedError, "warmup: window for gradients on CUDA"),
-        ({"varlen": True}, NotImplementedError, f"warmup: {PACKED}"),
+        ({"D": 192, "D_v": 256}, NotImplementedError, "got (192, 256)"),
+        ({"varlen": True, "D": 80}, NotImplementedError, "warmup: (D, D_v) on CUDA must be one of"),
         ({"varlen": True, "D": 80, "backward": False}, NotImplementedError, "warmup: (D, D_v) on CUDA must be one of"),
         ({"D": 192, "D_v": 64, "backward": False}, NotImplementedError, "got (192, 64)"),
         ({"dtype": torch.float32}, TypeError, "warmup: dtype must be float16 or bfloat16, got float32"),
@@ -209,23 +185,31 @@ def test_warmup_builds_every_configuration_once(monkeypatch):
     assert len(seen) == len(set(map(str, seen))) == 8
     seen.clear()
     gqa_autograd.warmup(256, causal=True, backward=False)
-    gqa_autograd.warmup(192, D_v=128, window=True, softcap=True, backward=False)
+    gqa_autograd.warmup(192, D_v=128, window=True, softcap=True)
     assert len(seen) == 2
-    assert support._tiles(*seen[1])[0] == config.FORWARD[192, 128, "window", True, "dense"]
+    assert support._tiles(*seen[0]) == (config.FORWARD[256, 256, "causal", False, "dense"], None)
+    wanted = 192, 128, "window", True, "dense"
+    assert support._tiles(*seen[1]) == (config.FORWARD[wanted], config.BACKWARD[wanted])
     seen.clear()
-    gqa_autograd.warmup(varlen=True, causal=True, backward=False)
-    assert support._tiles(*seen[0])[0] == config.forward("", 128, 128, -1, 0, 0.0, packed=True)
+    gqa_autograd.warmup(varlen=True, causal=True)
+    wanted = 128, 128, "causal", False, "packed"
+    assert support._tiles(*seen[0]) == (config.FORWARD[wanted], config.BACKWARD[wanted])
 
 
 @pytest.mark.parametrize("varlen", [False, True])
-def test_warmup_launches_what_it_builds(varlen, monkeypatch):
+@pytest.mark.parametrize("backward", [False, True])
+def test_warmup_launches_what_it_builds(varlen, backward, monkeypatch):
     """On a CPU in place of the GPU: both forwards, and the backward where it is wanted."""
     monkeypatch.setattr(support, "_build", lambda *configuration: None)
+    # So that the definition does not take long over them
+    monkeypatch.setattr(support, "_LONG", 64)
     prefix = "attention_varlen" if varlen else "attention"
     with testing.recorded() as bodies:
-        gqa_autograd.warmup(64, causal=True, varlen=varlen, backward=False, device="cpu")
-    # A dense call also with keys enough to be split
-    assert bodies == [name for name in (f"{prefix}_fwd", f"{prefix}_fwd_lse") for _ in range(1 if varlen else 2)]
+        gqa_autograd.warmup(64, causal=True, varlen=varlen, backward=backward, device="cpu")
+    # A dense call also with keys enough to be split, and with KV heads few enough
+    twice = range(1 if varlen else 2)
+    forwards = [name for name in (f"{prefix}_fwd", f"{prefix}_fwd_lse") for _ in twice]
+    assert bodies == forwards + [name for _ in twice for name in (f"{prefix}_fwd_lse", f"{prefix}_bwd")] * backward
 
 
 def test_the_long_call_of_warmup_is_split():
@@ -233,33 +217,51 @@ def test_the_long_call_of_warmup_is_split():
         if tile.form == "dense":
             window = {"full": (-1, -1), "causal": (-1, 0), "window": (support._LONG, 0)}[tile.mask]
             assert config.parts(tile, 1, support._LONG, 1, window, 132) > 1
+    for backward in config.BACKWARD.values():
+        if backward.form == "dense":
+            window = {"full": (-1, -1), "causal": (-1, 0), "window": (support._LONG, 0)}[backward.mask]
+            assert config.backward_parts(backward, 1, 1, 1, 1, 1, window, 132) == (1, 1)
+            assert config.backward_parts(backward, 1, support._LONG, 8, support._LONG, 1, window, 132)[0] > 1
 
 
-def test_warmup_builds_what_a_split_call_needs(monkeypatch):
+@pytest.mark.parametrize("varlen", [False, True])
+def test_warmup_builds_what_its_calls_need(varlen, monkeypatch):
+    """Forward and backward, the forms that split calls take included."""
     pytest.importorskip("tilelang", reason="no tilelang here: no program to build")
-    from gqa_autograd.kernels import forward_launch
+    from gqa_autograd.kernels import backward_launch, forward_launch
 
     programs: list = []
-    monkeypatch.setattr(forward_launch, "kernel", programs.append)
-    for function in (forward_launch.compiled, forward_launch.compiled_merging):
-        monkeypatch.setattr(forward_launch, function.__name__, function.__wrapped__)
-    gqa_autograd.warmup(64, causal=True, backward=False)
-    tile = config.FORWARD[64, 64, "causal", False, "dense"]
-    wanted = [forward_launch.program(tile, torch.bfloat16, lse) for lse in (False, True)]
-    wanted += [forward_launch.combine_program(64, torch.bfloat16, lse) for lse in (False, True)]
-    wanted += [forward_launch.program(config.split(tile), torch.bfloat16, True)]
+    for launch, functions in ((forward_launch, ("compiled", "compiled_merging")), (backward_launch, ("compiled",))):
+        monkeypatch.setattr(launch, "kernel", programs.append)
+        for name in functions:
+            monkeypatch.setattr(launch, name, getattr(launch, name).__wrapped__)
+    gqa_autograd.warmup(64, causal=True, varlen=varlen)
+    form, dtype = "packed" if varlen else "dense", torch.bfloat16
+    tile, backward = (tiles[64, 64, "causal", False, form] for tiles in (config.FORWARD, config.BACKWARD))
+    wanted = [forward_launch.program(tile, dtype, lse) for lse in (False, True)]
+    # Without the last, which merges parts
+    wanted += backward_launch.programs(backward, dtype, False)[:3]
+    if not varlen:
+        wanted += [forward_launch.combine_program(64, dtype, lse) for lse in (False, True)]
+        wanted += [forward_launch.program(config.split(tile), dtype, True)]
+        wanted += backward_launch.programs(config.split_backward(backward), dtype, False)
     assert {(p.name, p.configuration) for p in programs} == {(p.name, p.configuration) for p in wanted}
 
 
-@pytest.mark.parametrize(("S_q", "form"), [(16, "split"), (4096, "dense")])
-def test_explain_shows_a_split(S_q, form, monkeypatch):
+@pytest.mark.parametrize(
+    ("S_q", "S_kv", "trained", "forms"), [(16, 8192, True, ("split", "dense")), (4096, 4096, True, ("dense", "split"))]
+)
+def test_explain_shows_a_split(S_q, S_kv, trained, forms, monkeypatch):
     """As beside a GPU of 132 multiprocessors."""
     from gqa_autograd.kernels import device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device, "multiprocessors", lambda device: 132)
     with FakeTensorMode():
-        q, k, v = (torch.empty(2, S, H, 128, dtype=torch.bfloat16, device="cuda") for S, H in ((S_q, 8), (8192, 1), (8192, 1)))
+        sizes = (S_q, 8), (S_kv, 1), (S_kv, 1)
+        q, k, v = (torch.empty(2, S, H, 128, dtype=torch.bfloat16, device="cuda", requires_grad=trained) for S, H in sizes)
         said = gqa_autograd.explain(q, k, v, causal=True)
-    assert said.forward_tile == config.FORWARD[128, 128, "causal", False, form]
-    assert f"form='{form}'" in str(said)
+    assert said.forward_tile == config.FORWARD[128, 128, "causal", False, forms[0]]
+    assert said.backward_tile == config.BACKWARD[128, 128, "causal", False, forms[1]]
+    assert f"form='{forms[0]}'" in str(said)
+    assert f"form='{forms[1]}'" in str(said)

@@ -170,7 +170,7 @@ def backward_parts(
     merging = 16 * columns * S_kv * (tile.D + tile.D_v) / 2 / _PARTS_RATE
 
     def seconds(parts: int) -> float:
-        longest = max(steps) / parts + _START
+        longest = max(steps, default=0) / parts + _START
         share = columns * (sum(steps) + _START * parts * blocks) / multiprocessors
         return step * max(longest, share) + (5e-6 + merging * parts if parts > 1 else 0.0)
 

@@ -83,4 +83,4 @@ def rows(t: Tensor) -> Tensor:
 def warn_if_deterministic(function: str) -> None:
     """torch.use_deterministic_algorithms(True, warn_only=True) promises a warning from whatever isn't."""
     if torch.is_deterministic_algorithms_warn_only_enabled():
-        warnings.warn(f"{function}: dq is summed by atomics, its bits change from run to run", stacklevel=2)
+        warnings.warn(f"{function}: the order of dq's sums is not fixed, its bits may change from run to run", stacklevel=2)

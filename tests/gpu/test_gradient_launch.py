@@ -16,10 +16,10 @@ SIZES = pytest.mark.parametrize("sizes", config.D_FORWARD, ids=str)
 BACKWARD = ["attention_bwd_preprocess_kernel", "attention_bwd_kernel", "attention_bwd_postprocess_kernel"]
 
 
-def graph_of(case: Case):
+def graph_of(case: Case, **more):
     """q, k, v, do and out, lse of a forward that can be differentiated."""
     q, k, v, do = testing.make(case, "cuda")
-    return q, k, v, do, *gqa_autograd.attention_with_lse(q, k, v, **case.options)
+    return q, k, v, do, *gqa_autograd.attention_with_lse(q, k, v, **case.options, **more)
 
 
 def of_size(sizes: tuple[int, int], *shape: int, **options) -> Case:
@@ -31,7 +31,7 @@ def of_size(sizes: tuple[int, int], *shape: int, **options) -> Case:
 def test_do_in_any_layout_gives_the_same_bits(sizes):
     """FA#355, fla#1138: strided, permuted, at an odd address, expanded from a row or a number."""
     case = of_size(sizes, 2, 150, 210, 6, 2, causal=True)
-    q, k, v, do, out, _ = graph_of(case)
+    q, k, v, do, out, _ = graph_of(case, deterministic=True)
     gradients = lambda do: torch.autograd.grad(out, (q, k, v), do, retain_graph=True)  # noqa: E731
     odd = torch.cat((do.new_zeros(1), do.flatten()))[1:].view(do.shape)
     wide = torch.cat((do, do.new_full(do.shape, torch.nan)), 3)[..., : do.shape[3]]
@@ -115,15 +115,17 @@ def test_nothing_waits(options):
 
 
 @SIZES
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", [(1, 500, 500, 8, 2), (1, 3000, 128, 4, 1)], ids=["square", "split"])
-def test_graph_capture_and_replay(shape, sizes):
-    """Forward and backward in one graph, replayed on new numbers: the bits of a call outside; a replay leaves no counter behind."""
+def test_graph_capture_and_replay(shape, deterministic, sizes):
+    """Forward and backward in one graph, replayed on new numbers: the bits of a call outside, but of dq those only that are asked for; a
+    replay leaves no counter behind."""
     case = of_size(sizes, *shape, window=(300, 20), softcap=30.0)
     args = testing.make(case, "cuda")
-    testing.ours(case, *args)
+    testing.ours(case, *args, deterministic=deterministic)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = testing.ours(case, *args)
+        captured = testing.ours(case, *args, deterministic=deterministic)
     for seed in (1, 2, 2):
         fresh = testing.make(case, "cuda", seed)
         with torch.no_grad():
@@ -132,8 +134,13 @@ def test_graph_capture_and_replay(shape, sizes):
         for t in captured:
             t.fill_(torch.nan)
         graph.replay()
-        for got, wanted in zip(captured, testing.ours(case, *fresh), strict=True):
-            assert same_bits(got, wanted)
+        expected = testing.ours(case, *fresh, deterministic=deterministic)
+        for name in expected._fields:
+            got, wanted = getattr(captured, name), getattr(expected, name)
+            if deterministic or name != "dq":
+                assert same_bits(got, wanted), name
+            else:
+                assert (got.float() - wanted.float()).norm() <= 1e-3 * wanted.float().norm()
 
 
 @pytest.mark.parametrize("form", ["dense", "packed"])
@@ -147,9 +154,9 @@ def test_another_device_is_current_and_stays_so(form):
         case, module = Case(1, 2000, 130, 4, 1, 128, **options), testing
     else:
         case, module = PackedCase((200, 60), (260, 60), 4, 2, 128, **options), testing_varlen
-    expected = module.ours(case, *module.make(case, "cuda:0"))
+    expected = module.ours(case, *module.make(case, "cuda:0"), deterministic=True)
     args = [t.detach().to("cuda:1") for t in module.make(case, "cuda:0")]
-    ours = module.ours(case, *(t.requires_grad_() for t in args[:3]), *args[3:])
+    ours = module.ours(case, *(t.requires_grad_() for t in args[:3]), *args[3:], deterministic=True)
     assert torch.cuda.current_device() == 0
     for a, b in zip(ours, expected, strict=True):
         assert a.device.index == 1
