@@ -106,8 +106,8 @@ def _run(
     offsets: tuple[Tensor, ...],
 ) -> None:
     q, k, v, do = (device.rows(t) for t in (call.q, call.k, call.v, call.do))
-    out, lse, rows = (t.detach().contiguous() for t in (call.out, call.lse, call.do))
-    dlse = lse if call.dlse is None else call.dlse.detach().contiguous()
+    out, lse, rows = (device.whole(t) for t in (call.out, call.lse, do))
+    dlse = lse if call.dlse is None else device.whole(call.dlse)
     space = _workspace(cfg, q, head_tiles, key_blocks)
     left, right = config.sides(cfg.mask, call.window, q.shape[1] + k.shape[1])
     preprocess, main, postprocess, *combine = compiled(cfg, q.dtype, call.dlse is not None)

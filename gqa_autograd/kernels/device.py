@@ -80,6 +80,12 @@ def rows(t: Tensor) -> Tensor:
     return t if readable(t) else t.clone(memory_format=torch.contiguous_format)
 
 
+def whole(t: Tensor) -> Tensor:
+    """t as kernels without TMA read it, 16 bytes at a time: contiguous, its base 16-byte aligned; copies if need be."""
+    t = t.detach().contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def warn_if_deterministic(function: str) -> None:
     """torch.use_deterministic_algorithms(True, warn_only=True) promises a warning from whatever isn't."""
     if torch.is_deterministic_algorithms_warn_only_enabled():

@@ -25,7 +25,9 @@ def test_one_build_per_configuration():
     """FA#2635: no compilation per shape. 50 lengths, head counts and strides, then no more kernels than after the first."""
     from gqa_autograd.kernels import build
 
-    step(*testing.make(Case(1, 17, 17, 2, 1, 128, causal=True), "cuda")[:3], causal=True)
+    # A grid so small that its backward is split, and one that isn't
+    for case in (Case(1, 17, 17, 2, 1, 128, causal=True), Case(4, 512, 512, 32, 8, 128, causal=True)):
+        step(*testing.make(case, "cuda")[:3], causal=True)
     first = build.built()
     for n in range(50):
         layout = ("bshd", "bhsd", "fused")[n % 3]
@@ -190,7 +192,7 @@ def test_a_known_kind_passes_the_dispatcher(requires_grad, monkeypatch):
 def test_which_kernels_run(compiled):
     """Under no_grad one kernel, without LSE; in training the forward and the three of the backward. Nothing of torch's own."""
     f = torch.compile(gqa_autograd.attention, fullgraph=True) if compiled else gqa_autograd.attention
-    q, k, v, _ = testing.make(Case(1, 256, 384, 4, 2, 128), "cuda")
+    q, k, v, _ = testing.make(Case(4, 512, 512, 32, 8, 128), "cuda")
 
     def infer():
         with torch.no_grad(), testing.recorded() as bodies:
