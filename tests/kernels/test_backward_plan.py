@@ -254,7 +254,7 @@ def test_packed_sequences(kernels):
     dq, dk, dv = launch_varlen(tensors, cu_q, cu_k)
     assert kernels.asked == [(config.BACKWARD[64, 64, "causal", False, "packed"], torch.bfloat16, False)]
     assert kernels.names == ["preprocess", "main", "postprocess"]
-    head_tiles, key_blocks = 500 // 128 + 4, 700 // 128 + 4
+    head_tiles, key_blocks = 500 // 64 + 4, 700 // 128 + 4
     passed = kernels.arguments("preprocess")
     assert all(same(p, t) for p, t in zip(passed[:6], (out, do, lse, lse, cu_q, cu_k), strict=True))
     assert passed[10:] == (700, 0, head_tiles)
@@ -262,8 +262,8 @@ def test_packed_sequences(kernels):
     assert all(same(p, t) for p, t in zip((*main[:4], *main[9:11]), (q, k, v, do, dk, dv), strict=True))
     lse2, delta, dq_sum, turns, table = main[WORKSPACE]
     assert all(p is t for p, t in zip(passed[6:10], (lse2, delta, turns, table), strict=True))
-    assert lse2.shape == delta.shape == (4 * head_tiles, 128)
-    assert dq_sum.numel() == 4 * head_tiles * 128 * 64
+    assert lse2.shape == delta.shape == (4 * head_tiles, 64)
+    assert dq_sum.numel() == 4 * head_tiles * 64 * 64
     assert turns.shape == (4 * head_tiles + 1,)
     assert table.shape[0] == key_blocks + backward_launch.backward_packed.SPARE_ROWS
     assert main[11:] == (0.125, 0.0, 1200, 0, head_tiles, key_blocks, 1, 1, 2, 4, AWAIT_ALL)
