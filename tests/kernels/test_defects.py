@@ -150,7 +150,9 @@ DEFECTS = [
     Defect("a reduction never waited for", BACKWARD, STORE_WAIT, ";", "store source", nth=1, says="dQ_smem"),
     # The workspace is not cleared before
     Defect("the first sum is added", BACKWARD, r"tl::tma_store\(dQ_sum_desc", "tl::tma_store_add(dQ_sum_desc", WRONG, nth=None, says="dq"),
-    Defect("Q is awaited in the other phase", BACKWARD, r"(q_full\[.*\]\.wait)\((.*)\);", r"\1((\2 ^ 1));", "unwaited", nth=None, says="Q"),
+    Defect(
+        "Q is awaited in the other phase", BACKWARD, r"(\bq_full\[.*\]\.wait)\((.*)\);", r"\1((\2 ^ 1));", "unwaited", nth=None, says="Q"
+    ),
     Defect(
         "dQ is taken in the other phase",
         BACKWARD,
@@ -159,7 +161,6 @@ DEFECTS = [
         "unwritten",
         says="dQ_smem",
     ),
-    Defect("dO is loaded before it was used", BACKWARD, r"do_empty\[.*\]\.wait\(.*\);", ";", "overwrite", says="dO_smem"),
     Defect("the padding of LSE is not written", PREPROCESS, r"LSE2\[.*\] = CUDART_INF_F;", ";", WRONG),
     Defect("the gradient of lse is added", PREPROCESS, r"condval_3 = dLSE\[", "condval_3 = -dLSE[", WRONG, says="d"),
     Defect("a row of dQ beyond the last is written", POSTPROCESS, r"< \(rows_q - ", "< (rows_q + 1 - ", "out of bounds", nth=None),
