@@ -151,7 +151,13 @@ DEFECTS = [
     # The workspace is not cleared before
     Defect("the first sum is added", BACKWARD, r"tl::tma_store\(dQ_sum_desc", "tl::tma_store_add(dQ_sum_desc", WRONG, nth=None, says="dq"),
     Defect(
-        "Q is awaited in the other phase", BACKWARD, r"(\bq_full\[.*\]\.wait)\((.*)\);", r"\1((\2 ^ 1));", "unwaited", nth=None, says="Q"
+        "Q is awaited in the other phase",
+        BACKWARD,
+        r"(\bq_full\[.*\]\.wait)\((.*)\);",
+        r"\1((\2 ^ 1));",
+        "deadlock",
+        nth=None,
+        says="q_full[",
     ),
     Defect(
         "dQ is taken in the other phase",
