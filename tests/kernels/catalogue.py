@@ -44,7 +44,8 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         tile = self.tile
-        parts = [self.family, f"d{tile.D}"] + [f"dv{tile.D_v}"] * (tile.D_v != tile.D)
+        # dQ has no D_v
+        parts = [self.family, f"d{tile.D}"] + [f"dv{tile.D_v}"] * (tile.D_v != tile.D and self.family != "postprocess")
         if self.family in ("forward", "backward"):
             parts += [tile.mask] + ["softcap"] * tile.softcap + [tile.form] * (tile.form != "dense")
         elif self.family != "combine":

@@ -10,7 +10,7 @@ import torch
 
 from gqa_autograd.kernels import config
 
-SMALL = "postprocess-d64-float16"
+SMALL = "postprocess-d64-m128-float16"
 
 
 @pytest.fixture
@@ -25,7 +25,11 @@ def test_names_are_unique():
     assert names == list(catalogue.entries())
     forwards = sum(1 if tile.form == "split" else 2 for tile in config.FORWARD.values())
     merging = 2 * len({D_v for _, D_v in config.D_FORWARD})
-    assert len(set(names)) == 2 * (forwards + merging + len(config.BACKWARD) + 3 * len(config.D_BACKWARD))
+    # Before and after the backward, whose parts are merged: packed or not, with a gradient of lse or not
+    before = {(tile.D, tile.D_v, tile.block_M) for tile in config.BACKWARD.values()}
+    after = {(tile.D, tile.block_M) for tile in config.BACKWARD.values()}
+    around = 2 * 2 * len(before) + 2 * len(after) + len(config.D_BACKWARD)
+    assert len(set(names)) == 2 * (forwards + merging + len(config.BACKWARD) + around)
 
 
 def test_every_forward_is_in_the_catalogue():
@@ -43,14 +47,14 @@ def test_every_backward_is_in_the_catalogue():
 def test_every_program_of_the_operators_is_in_the_catalogue():
     """What they build is a name and its arguments: a mask with a tile of its own would need a preprocess of its own in the catalogue."""
     pytest.importorskip("tilelang", reason="no tilelang here: the kernels were not lowered")
-    from gqa_autograd.kernels import backward, forward_launch
+    from gqa_autograd.kernels import backward_launch, forward_launch
 
     wanted = set()
     for dtype in (torch.bfloat16, torch.float16):
         for option in (False, True):
             programs = [forward_launch.program(tile, dtype, option or tile.form == "split") for tile in config.FORWARD.values()]
             programs += [forward_launch.combine_program(D_v, dtype, option) for _, D_v in config.D_FORWARD]
-            programs += [program for tile in config.BACKWARD.values() for program in backward.programs(tile, dtype, option)]
+            programs += [program for tile in config.BACKWARD.values() for program in backward_launch.programs(tile, dtype, option)]
             wanted |= {(program.name, program.configuration) for program in programs}
     found = [(program.name, program.configuration) for program in (entry.program for entry in catalogue.entries().values())]
     assert set(found) == wanted

@@ -18,6 +18,8 @@ from gqa_autograd.kernels import forward  # noqa: E402
 from hopper_emulator import KINDS, EmulationError  # noqa: E402
 
 FORWARD, BACKWARD = "forward-d128-causal-bfloat16-lse", "backward-d64-causal-bfloat16"
+BACKWARD_PACKED, BACKWARD_SPLIT = "backward-d64-causal-packed-bfloat16", "backward-d64-causal-split-bfloat16"
+PREPROCESS, POSTPROCESS, MERGE = "preprocess-d64-m128-bfloat16-dlse", "postprocess-d64-m128-bfloat16", "merge-d64-bfloat16"
 PACKED, SPLIT, COMBINE = "forward-d128-causal-packed-bfloat16-lse", "forward-d128-causal-split-bfloat16-lse", "combine-d128-bfloat16-lse"
 # Several tiles for each block, several turns of every ring; queries that see no key; fewer key blocks than the three parts
 CASES = {
@@ -25,6 +27,8 @@ CASES = {
     PACKED: PackedCase((130, 70, 0, 150), (200, 90, 40, 300), 2, 1, 128, causal=True, tail_q=50, tail_kv=60),
     SPLIT: Case(1, 300, 200, 2, 1, 128, causal=True),
     BACKWARD: Case(1, 300, 420, 2, 1, 64, causal=True),
+    BACKWARD_PACKED: PackedCase((130, 70, 0, 150), (200, 90, 40, 300), 2, 1, 64, causal=True, tail_q=50, tail_kv=60),
+    BACKWARD_SPLIT: Case(1, 300, 420, 2, 1, 64, causal=True),
 }
 # No error of the emulator: what the kernel computes differs from the truth, or is NaN, or lies where nothing should
 WRONG = "wrong result"
@@ -137,10 +141,52 @@ DEFECTS = [
     Defect("logits are read before their product is done", FORWARD, r"tl::wait_wgmma<1>\(\);", ";", "wgmma"),
     Defect("no proxy fence before dS is multiplied", BACKWARD, r"tl::fence_proxy_async\(\);(?=\n *tl::__sync_thread)", ";", "proxy fence"),
     Defect("no barrier before dS is multiplied", BACKWARD, r"tl::__sync_thread_partial\(4, 256\);", ";", "race", says="dS_smem"),
-    Defect("dQ is written over a running reduction", BACKWARD, r"dq_empty\[0\]\.wait\(.*\);", ";", "store source", says="dQ_smem"),
+    Defect(
+        "dQ is written over a running reduction", BACKWARD, r"dq_empty\[.*\]\.wait\(.*\);", ";", "store source", nth=None, says="dQ_smem"
+    ),
     Defect("dP is read before its product is done", BACKWARD, r"tl::wait_wgmma<0>\(\);", ";", "wgmma"),
     Defect("Q is given back before its product is done", BACKWARD, r"tl::wait_wgmma<0>\(\);", ";", "overwrite", nth=1, says="Q_smem"),
-    Defect("a reduction never waited for", BACKWARD, STORE_WAIT, ";", "store source"),
+    Defect("a first sum never waited for", BACKWARD, STORE_WAIT, ";", "store source", says="dQ_smem"),
+    Defect("a reduction never waited for", BACKWARD, STORE_WAIT, ";", "store source", nth=1, says="dQ_smem"),
+    # The workspace is not cleared before
+    Defect("the first sum is added", BACKWARD, r"tl::tma_store\(dQ_sum_desc", "tl::tma_store_add(dQ_sum_desc", WRONG, nth=None, says="dq"),
+    Defect(
+        "Q is awaited in the other phase",
+        BACKWARD,
+        r"(\bq_full\[.*\]\.wait)\((.*)\);",
+        r"\1((\2 ^ 1));",
+        "deadlock",
+        nth=None,
+        says="q_full[",
+    ),
+    Defect(
+        "dQ is taken in the other phase",
+        BACKWARD,
+        r"dq_full\[0\]\.wait\((.*)\);",
+        r"dq_full[0].wait((\1 ^ 1));",
+        "unwritten",
+        says="dQ_smem",
+    ),
+    Defect("the padding of LSE is not written", PREPROCESS, r"LSE2\[.*\] = CUDART_INF_F;", ";", WRONG),
+    Defect("the gradient of lse is added", PREPROCESS, r"condval_3 = dLSE\[", "condval_3 = -dLSE[", WRONG, says="d"),
+    Defect("a row of dQ beyond the last is written", POSTPROCESS, r"< \(rows_q - ", "< (rows_q + 1 - ", "out of bounds", nth=None),
+    Defect("the last part of dK is not added", MERGE, r"p < parts;", "p < parts - 1;", WRONG, says="dk"),
+    Defect("the last part of dV is not added", MERGE, r"p_1 < parts;", "p_1 < parts - 1;", WRONG, says="dv"),
+    Defect(
+        "a part's row beyond the end is stored", BACKWARD_SPLIT, r"\(S_kv - row_1\)\);", "(S_kv - row_1) + 1);", "out of bounds", nth=None
+    ),
+    *(
+        Defect(
+            f"the end of {name} is not cleared",
+            BACKWARD_PACKED,
+            rf"gqa::clear_rows\(.*\){name}_smem.*\);",
+            ";",
+            WRONG,
+            nth=None,
+            says="finite",
+        )
+        for name in ("Q", "dO", "K", "V")
+    ),
     Defect("Q and LSE are loaded before they were used", BACKWARD, r"q_empty\[.*\]\.wait\(.*\);", ";", "overwrite", says="Q_smem"),
     Defect("the end of V is not cleared", PACKED, r"gqa::clear_rows\(\(&.*\);", ";", WRONG, says="finite"),
     Defect("the end of V is cleared before it is there", PACKED, r"v_full\[\(done_1 & 1\)\]\.wait\(.*\);", ";", "overwrite", says="V_smem"),
@@ -169,11 +215,15 @@ DEFECTS = [
 
 def run(defect_emulator, kernel: str, schedule, check_order: bool = True) -> None:
     planted = catalogue.entries()[kernel]
-    entry = catalogue.entries()[SPLIT] if kernel == COMBINE else planted
+    with_main = {COMBINE: SPLIT, PREPROCESS: BACKWARD, POSTPROCESS: BACKWARD, MERGE: BACKWARD_SPLIT}
+    entry = catalogue.entries()[with_main.get(kernel, kernel)]
     case = CASES[str(entry)]
     with emulated(Machine(schedule, multiprocessors=2), {planted: defect_emulator}, check_order):
-        if entry.family == "backward":
-            emulation.check_backward(entry, case, True)
+        if entry.family == "backward" and entry.tile.form == "packed":
+            emulation.check_backward_packed(entry, case, emulation.Backward(), spoiled=(1,))
+        elif entry.family == "backward":
+            parts = (2, 1) if entry.tile.form == "split" else (1, 1)
+            emulation.check_backward(entry, case, True, emulation.Backward(parts))
         elif entry.tile.form == "packed":
             # The third sequence has no queries
             emulation.check_packed(entry, case, spoiled=(2,))
@@ -183,7 +233,7 @@ def run(defect_emulator, kernel: str, schedule, check_order: bool = True) -> Non
             emulation.check_forward(entry, case)
 
 
-@pytest.mark.parametrize("kernel", [FORWARD, PACKED, SPLIT, COMBINE, BACKWARD])
+@pytest.mark.parametrize("kernel", [FORWARD, PACKED, SPLIT, COMBINE, BACKWARD, BACKWARD_PACKED, BACKWARD_SPLIT])
 @pytest.mark.parametrize("schedule", ["eager", "lazy", 1])
 def test_the_kernels_without_a_defect_are_right(kernel, schedule):
     run(emulation.emulator(catalogue.entries()[kernel]), kernel, schedule)
