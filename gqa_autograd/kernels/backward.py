@@ -15,12 +15,12 @@ import tilelang
 import tilelang.language as T
 from tilelang.layout import make_linear_layout, make_swizzled_layout
 
-from . import backward_roles, backward_tiles, tile
+from . import backward_tiles, tile
 from .backward_output import PRELUDE as OUTPUT
 from .backward_output import ROWS, store
 from .backward_prepost import LINE, dq_pieces, dq_place
-from .backward_tiles import FIELDS, KEY_BLOCK, S_Q, STEPS
-from .forward_output import PACKED
+from .backward_tiles import BATCH, END, FIELDS, INNER, KEY_BLOCK, KV_HEAD, KV_START, Q_START, ROUND, S_Q, STEPS
+from .forward_output import PACKED, panels
 
 CONSUMERS = 256
 THREADS = 384
@@ -36,7 +36,6 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     # A stride can pass 2^31 elements; a length can't
     strides = {t: (*(T.dynamic(f"{t}_stride_{d}", "int64") for d in "bsh"), 1) for t in ("Q", "K", "V", "dO", "dK", "dV")}
     packed, lines, pieces = form == "packed", block_M * D // LINE, dq_pieces(block_M, D)
-    roles = backward_roles.roles(form, mask, D, D_v, block_M, block_N, stages, stages, CONSUMERS, EXCHANGE)
 
     @T.macro
     def probabilities(w, stage, m, masked, at, where, smem, frags, call):
@@ -87,6 +86,25 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             smem.dQ[line, column] = values[i, j]
 
     @T.macro
+    def clear_queries(stage, phase, rows, smem, bars):
+        """Zeroes what lies behind the first `rows` queries: other sequences' rows, where 0 times NaN would be NaN."""
+        T.mbarrier_wait_parity(bars.do_full[stage], phase)
+        thread = T.get_thread_binding() - 128
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.Q[stage, 0, 0]), thread, CONSUMERS, rows, block_M, *panels(D))
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.dO[stage, 0, 0]), thread, CONSUMERS, rows, block_M, *panels(D_v))
+        T.fence_proxy_async()
+        T.sync_threads(EXCHANGE, CONSUMERS)
+
+    @T.macro
+    def clear_keys(rows, smem):
+        """The same behind the first `rows` keys."""
+        thread = T.get_thread_binding() - 128
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.K[0, 0]), thread, CONSUMERS, rows, block_N, *panels(D))
+        T.call_extern("handle", "gqa::clear_rows", T.address_of(smem.V[0, 0]), thread, CONSUMERS, rows, block_N, *panels(D_v))
+        T.fence_proxy_async()
+        T.sync_threads(EXCHANGE, CONSUMERS)
+
+    @T.macro
     def step(w, turn, m, masked, at, where, smem, bars, frags, call):
         """All five products for one query block of one head and this warpgroup's 64 keys."""
         stage = turn % stages
@@ -94,8 +112,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         T.mbarrier_wait_parity(bars.q_full[stage], phase)
         if packed:
             if (m + 1) * block_M > at[S_Q]:
-                T.mbarrier_wait_parity(bars.do_full[stage], phase)
-                roles.clear_queries(stage, stage, at[S_Q] - m * block_M, smem)
+                clear_queries(stage, phase, at[S_Q] - m * block_M, smem, bars)
         T.wgmma_gemm(
             smem.K[w * ROWS : (w + 1) * ROWS, :], smem.Q[stage, :, :], frags.S, transpose_B=True, policy=tile.FULL_ROW, clear_accum=True
         )
@@ -144,13 +161,80 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         low = T.alloc_fragment([ROWS], "int32")
         high = T.alloc_fragment([ROWS], "int32")
         frags = SimpleNamespace(S=S, P=P, P_16=P_16, dP=dP, dS=dS, dV=dV, dK=dK, dQ=(dQ_0, dQ_1), low=low, high=high)
+        steps = T.alloc_var("int32")
+        inner = T.alloc_var("int32")
+        plain = T.alloc_var("int32")
+        edge = T.alloc_var("int32")
+        steps = at[ROUND]
+        inner = at[INNER]
+        queries, keys = where.lengths(at)
+        n0 = at[KEY_BLOCK] * block_N
         T.fill(dV, 0)
         T.fill(dK, 0)
-        roles.await_keys(at, where, smem, bars)
-        roles.walk(step, w, at, where, smem, bars, frags, call)
+        T.mbarrier_wait_parity(bars.k_full, 0)
+        T.mbarrier_wait_parity(bars.v_full, 0)
+        if packed:
+            if n0 + block_N > keys:
+                clear_keys(keys - n0, smem)
+        # From step `plain` of a round on, as long as `edge` is not reached, every query sees every key of the block
+        plain = 0
+        edge = steps
+        if mask == "window":
+            plain = (at[END] - T.floordiv(n0 + queries - keys + call.left + 1, block_M)) * inner
+            plain = T.min(T.max(plain, 0), steps)
+        if mask != "full":
+            edge = (at[END] - T.ceildiv(n0 + block_N - 1 + queries - keys - call.right, block_M)) * inner
+            edge = T.max(T.min(edge, steps), plain)
+        if mask != "causal":
+            edge = T.if_then_else(n0 + block_N > keys, plain, edge)
+        turn = T.alloc_var("int32", init=0)
+        while turn < at[STEPS]:
+            if mask == "window":
+                for u in T.serial(plain):
+                    step(w, turn + u, at[END] - 1 - T.truncdiv(u, inner), True, at, where, smem, bars, frags, call)
+            for u in T.serial(plain, edge):
+                step(w, turn + u, at[END] - 1 - T.truncdiv(u, inner), False, at, where, smem, bars, frags, call)
+            for u in T.serial(edge, steps):
+                step(w, turn + u, at[END] - 1 - T.truncdiv(u, inner), True, at, where, smem, bars, frags, call)
+            turn = turn + steps
         for i, j in T.Parallel(ROWS, D):
             dK[i, j] *= call.scale
         store(form, w, block_N, at, call, frags, smem, dK_out, dV_out, (strides["dK"][1], strides["dV"][1]), (D, D_v), EXCHANGE, CONSUMERS)
+
+    @T.macro
+    def producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars):
+        batch, kv_head = at[BATCH], at[KV_HEAD]
+        key = at[KEY_BLOCK] * block_N + (at[KV_START] if packed else 0)
+        steps = T.alloc_var("int32")
+        m = T.alloc_var("int32")
+        head = T.alloc_var("int32")
+        row = T.alloc_var("int32")
+        place = T.alloc_var("int32")
+        steps = at[STEPS]
+        T.tma_copy(K[batch, key : key + block_N, kv_head, :], smem.K, barrier=bars.k_full)
+        T.mbarrier_arrive(bars.k_full)
+        for turn in T.unroll(0, steps, unroll_factor=1):
+            head = where.step(at, turn)[0]
+            m = where.step(at, turn)[1]
+            row = m * block_M + (at[Q_START] if packed else 0)
+            place = where.tile(at, head, m)
+            stage = turn % stages
+            phase = (turn // stages) % 2
+            T.mbarrier_wait_parity(bars.q_empty[stage], phase ^ 1)
+            T.tma_copy(Q[batch, row : row + block_M, head, :], smem.Q[stage, :, :], barrier=bars.q_full[stage])
+            T.tma_copy(LSE2[place, :], smem.lse[stage, :], barrier=bars.q_full[stage])
+            T.mbarrier_arrive(bars.q_full[stage])
+            # V is needed after the first Q: it waits until that is under way
+            if turn == 0:
+                T.tma_copy(V[batch, key : key + block_N, kv_head, :], smem.V, barrier=bars.v_full)
+                T.mbarrier_arrive(bars.v_full)
+            T.mbarrier_wait_parity(bars.do_empty[stage], phase ^ 1)
+            T.tma_copy(dO[batch, row : row + block_M, head, :], smem.dO[stage, :, :], barrier=bars.do_full[stage])
+            T.tma_copy(DELTA[place, :], smem.delta[stage, :], barrier=bars.do_full[stage])
+            T.mbarrier_arrive(bars.do_full[stage])
+        if steps == 0:
+            T.tma_copy(V[batch, key : key + block_N, kv_head, :], smem.V, barrier=bars.v_full)
+            T.mbarrier_arrive(bars.v_full)
 
     @T.macro
     def adder(w, dQ_sum, TURN, at, where, smem, bars, call):
@@ -239,7 +323,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
                 T.set_max_nreg(PRODUCER_REGISTERS, 0)
                 if thread < 32:
                     if T.shuffle_elect(32):
-                        roles.producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars)
+                        producer(Q, K, V, dO, LSE2, DELTA, at, where, smem, bars)
                 elif thread < 64:
                     if T.shuffle_elect(32):
                         adder(0, dQ_sum, TURN, at, where, smem, bars, call)

@@ -30,15 +30,6 @@ def roles(form, mask, D, D_v, block_M, block_N, stages, do_stages, consumers, ba
         clear((smem.K[0, 0], smem.V[0, 0]), rows, block_N)
 
     @T.macro
-    def await_keys(at, where, smem, bars):
-        T.mbarrier_wait_parity(bars.k_full, 0)
-        T.mbarrier_wait_parity(bars.v_full, 0)
-        if packed:
-            _, keys = where.lengths(at)
-            if (at[KEY_BLOCK] + 1) * block_N > keys:
-                clear_keys(keys - at[KEY_BLOCK] * block_N, smem)
-
-    @T.macro
     def walk(step, w, at, where, smem, bars, frags, call):
         """All steps of the thread block, those that need a mask apart."""
         steps = T.alloc_var("int32")
@@ -129,5 +120,4 @@ def roles(form, mask, D, D_v, block_M, block_N, stages, do_stages, consumers, ba
             T.tma_copy(V[batch, key : key + block_N, kv_head, :], smem.V, barrier=bars.v_full)
             T.mbarrier_arrive(bars.v_full)
 
-    moves = {"walk": walk, "begin": begin, "advance": advance}
-    return SimpleNamespace(clear_queries=clear_queries, await_keys=await_keys, producer=producer, **moves)
+    return SimpleNamespace(clear_queries=clear_queries, clear_keys=clear_keys, walk=walk, begin=begin, advance=advance, producer=producer)

@@ -189,6 +189,15 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             store_staged(w, values, buffer, out, at[BATCH], first, at[KV_HEAD])
 
     @T.macro
+    def await_keys(at, where, smem, bars):
+        T.mbarrier_wait_parity(bars.k_full, 0)
+        T.mbarrier_wait_parity(bars.v_full, 0)
+        if packed:
+            _, keys = where.lengths(at)
+            if (at[KEY_BLOCK] + 1) * block_N > keys:
+                roles.clear_keys(keys - at[KEY_BLOCK] * block_N, smem)
+
+    @T.macro
     def scores(w, at, where, smem, bars, dV_out, call):
         """The first warpgroup."""
         T.set_max_nreg(CONSUMER_REGISTERS, 1)
@@ -203,7 +212,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         frags = SimpleNamespace(K=K_own, S=S, P=P, P_16=P_16, dV=dV, dQ=dQ, low=low, high=high)
         T.fill(dV, 0)
         T.fill(dQ, 0)
-        roles.await_keys(at, where, smem, bars)
+        await_keys(at, where, smem, bars)
         if keep_K:
             T.copy(smem.K, K_own)
         roles.walk(score_step, w, at, where, smem, bars, frags, call)
@@ -223,7 +232,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         V_own = T.alloc_fragment([block_N, D_v], dtype) if keep_V else smem.V
         frags = SimpleNamespace(V=V_own, P=P, dP=dP, dS=dS, dK=dK, dQ=dQ)
         T.fill(dK, 0)
-        roles.await_keys(at, where, smem, bars)
+        await_keys(at, where, smem, bars)
         if keep_V:
             T.copy(smem.V, V_own)
         for u in T.serial(at[STEPS]):
