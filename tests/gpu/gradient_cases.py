@@ -72,7 +72,7 @@ def _gradient(D: int, D_v: int, choice) -> Gradient:
 
 _CHOICES = cover(AXES, _possible)
 # Each size walks through the same choices
-COVERING = {str(one): one for sizes in config.D_FORWARD for choice in _CHOICES if (one := _gradient(*sizes, choice))}
+COVERING = {str(one): one for sizes in config.D_BACKWARD for choice in _CHOICES if (one := _gradient(*sizes, choice))}
 
 
 def stored(do: torch.Tensor, layout: str) -> torch.Tensor:
@@ -139,4 +139,4 @@ def _packed(D: int, D_v: int, choice) -> PackedGradient:
 
 
 _PACKED_CHOICES = cover(_PACKED_AXES, _packed_possible)
-PACKED_COVERING = {str(one): one for sizes in config.D_FORWARD for choice in _PACKED_CHOICES if (one := _packed(*sizes, choice))}
+PACKED_COVERING = {str(one): one for sizes in config.D_BACKWARD for choice in _PACKED_CHOICES if (one := _packed(*sizes, choice))}

@@ -67,7 +67,7 @@ def nonsense() -> None:
 
 def main() -> None:
     calls = sys.argv[1]
-    for D, D_v in config.D_FORWARD:
+    for D, D_v in config.D_BACKWARD:
         few = (D, D_v) in ((64, 64), (128, 128))
         if calls == "all":
             train(D, D_v)

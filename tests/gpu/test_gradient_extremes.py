@@ -11,7 +11,7 @@ from gqa_autograd.testing import Case, Result
 from gqa_autograd.testing_varlen import PackedCase
 
 pytestmark = pytest.mark.gpu
-SIZES = pytest.mark.parametrize("sizes", config.D_FORWARD, ids=str)
+SIZES = pytest.mark.parametrize("sizes", config.D_BACKWARD, ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 FORMS = {"dense": (321, 321), "small": (2000, 100), "packed": ((100, 1, 220), (100, 30, 290))}
 TRAINED = Path(__file__).parent / "data" / "trained_lm.pt"

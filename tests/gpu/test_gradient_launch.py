@@ -12,7 +12,7 @@ from gqa_autograd.testing import Case
 from gqa_autograd.testing_varlen import PackedCase
 
 pytestmark = pytest.mark.gpu
-SIZES = pytest.mark.parametrize("sizes", config.D_FORWARD, ids=str)
+SIZES = pytest.mark.parametrize("sizes", config.D_BACKWARD, ids=str)
 BACKWARD = ["attention_bwd_preprocess_kernel", "attention_bwd_kernel", "attention_bwd_postprocess_kernel"]
 
 

@@ -12,7 +12,7 @@ from gqa_autograd.testing import Case
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.gqa_autograd
-SIZES = pytest.mark.parametrize("sizes", config.D_FORWARD, ids=str)
+SIZES = pytest.mark.parametrize("sizes", config.D_BACKWARD, ids=str)
 
 
 def check(case: Case, q, k, v, do, dlse=None) -> testing.Result:

@@ -14,7 +14,7 @@ from gqa_autograd.testing_varlen import PackedCase, offsets
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.gqa_autograd
-SIZES = pytest.mark.parametrize("sizes", config.D_FORWARD, ids=str)
+SIZES = pytest.mark.parametrize("sizes", config.D_BACKWARD, ids=str)
 GRADIENTS = ("dq", "dk", "dv")
 
 
