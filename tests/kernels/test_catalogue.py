@@ -26,9 +26,9 @@ def test_names_are_unique():
     forwards = sum(1 if tile.form == "split" else 2 for tile in config.FORWARD.values())
     merging = 2 * len({D_v for _, D_v in config.D_FORWARD})
     # Before and after the backward, whose parts are merged: packed or not, with a gradient of lse or not
-    before = {(tile.D, tile.D_v, tile.block_M) for tile in config.BACKWARD.values()}
-    after = {(tile.D, tile.block_M) for tile in config.BACKWARD.values()}
-    around = 2 * 2 * len(before) + 2 * len(after) + len(config.D_BACKWARD)
+    before = {(tile.D, tile.D_v, tile.block_M, tile.form == "packed") for tile in config.BACKWARD.values()}
+    after = {(tile.D, tile.block_M, tile.form == "packed") for tile in config.BACKWARD.values()}
+    around = 2 * len(before) + len(after) + len({(tile.D, tile.D_v) for tile in config.BACKWARD.values()})
     assert len(set(names)) == 2 * (forwards + merging + len(config.BACKWARD) + around)
 
 

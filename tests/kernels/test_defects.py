@@ -132,7 +132,16 @@ DEFECTS = [
     Defect(
         "no proxy fence before a store", FORWARD, r"tl::fence_proxy_async\(\);(?=\n *tl::__sync_thread)", ";", "proxy fence", says="O_0"
     ),
-    Defect("no fence after the barriers are made", BACKWARD, r"tl::fence_barrier_init\(\);", ";", "proxy fence", says="barrier"),
+    # Any later fence would do, too
+    Defect(
+        "no fence after the barriers are made",
+        BACKWARD,
+        r"tl::fence_barrier_init\(\);|tl::fence_proxy_async\(\);",
+        ";",
+        "proxy fence",
+        nth=None,
+        says="barrier",
+    ),
     Defect("no barrier after the barriers are made", FORWARD, r"__syncthreads\(\);", ";", "race", says="initialisation"),
     Defect("no barrier between staging and store", FORWARD, r"tl::__sync_thread_partial\(\d+, 128\);", ";", "race", nth=1),
     Defect("lse is written past its end", FORWARD, r" LSE\[", " LSE[S_q * H_q + ", "out of bounds", says="argument 4"),
