@@ -58,11 +58,12 @@ class Call(NamedTuple):
     deterministic: bool
 
 
-# KV heads, of whatever batch, that go longest-first together: so many share the L2 cache well, measured
-_WIDTH = 16
-# From so many queries on the heads of a group go one after the other: less of Q, dO and dQ is at work at a time, so the L2 cache holds it.
-# In a fixed order blocks then wait longer for each other. Measured
-_LONG = {(False, False): 16384, (False, True): 4096, (True, False): 32768, (True, True): 32768}
+# KV heads, of whatever batch, that go longest-first together: as many as have so many keys, about two rounds of thread blocks, and at most
+# _WIDTH. So few of all tiles of Q, dO and dQ are at work at a time, and the L2 cache holds them. Measured (docs/design/0006)
+_WIDTH, _KEYS = 16, 32768
+# Above D 128 the heads of a group go one after the other from so many queries on: all at once would be too much for the L2 cache. In a
+# fixed order blocks then wait longer for each other. Measured
+_LONG = {False: 4096, True: 32768}
 # How many key blocks' sums a block waits for at most before it adds its own to dQ: the first, which sets it, or all before it
 _PATIENCE = {False: 1, True: 2**31 - 1}
 
@@ -116,8 +117,9 @@ def _run(
         preprocess(out, rows, lse, dlse, *offsets, space.lse2, space.delta, space.turns, space.table, k.shape[1], right, head_tiles)
     else:
         preprocess(out, rows, lse, dlse, space.lse2, space.delta, space.turns)
-    inner = 1 if q.shape[1] >= _LONG[call.deterministic, cfg.D > 128] else q.shape[2]
-    order = head_tiles, key_blocks, *parts, min(_WIDTH, k.shape[0] * k.shape[2]), inner, _PATIENCE[call.deterministic]
+    sequences = offsets[0].shape[0] - 1 if offsets else 1
+    together = _together(cfg, q, k, k.shape[1] // sequences, call.deterministic)
+    order = head_tiles, key_blocks, *parts, *together, _PATIENCE[call.deterministic]
     main(q, k, v, do, space.lse2, space.delta, space.dq, space.turns, space.table, *sums, call.scale, call.softcap, left, right, *order)
     if offsets:
         postprocess(space.dq, space.turns, offsets[0], dq, call.scale, head_tiles)
@@ -125,6 +127,13 @@ def _run(
         postprocess(space.dq, space.turns, dq, call.scale)
     if combine:
         combine[0](*(t.view(parts[0] * parts[1], -1, t.shape[3]) for t in sums), *(t.view(-1, t.shape[3]) for t in (dk, dv)))
+
+
+def _together(cfg: Backward, q: Tensor, k: Tensor, keys: int, deterministic: bool) -> tuple[int, int]:
+    """How many KV heads go longest-first together, and how many query heads of each; keys: of a sequence, in the mean."""
+    columns, wide = k.shape[0] * k.shape[2], cfg.D > 128
+    width = _WIDTH if wide else max(1, min(_WIDTH, _KEYS // max(keys, 1)))
+    return min(width, columns), 1 if wide and q.shape[1] >= _LONG[deterministic] else q.shape[2]
 
 
 class _Workspace(NamedTuple):

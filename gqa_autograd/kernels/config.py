@@ -79,9 +79,7 @@ BACKWARD = {
     for mask, softcap, form in itertools.product(MASKS, (False, True), FORMS)
 }
 D_FORWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in FORWARD}))
-# Emulated, but not yet seen to end on a GPU in every case: refused until that is understood (docs/design/0006)
-_UNPROVED = {(256, 256)}
-D_BACKWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in BACKWARD} - _UNPROVED))
+D_BACKWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in BACKWARD}))
 
 
 _KINDS = {(-1, -1): "full", (-1, 0): "causal"}
@@ -134,7 +132,7 @@ def sides(mask: str, window: tuple[int, int], far: int) -> tuple[int, int]:
 def backward(function: str, D: int, D_v: int, window_left: int, window_right: int, softcap: float, packed: bool = False) -> Backward:
     """The tile of a backward; NotImplementedError names what there is."""
     tile = BACKWARD.get((int(D), int(D_v), mask(window_left, window_right), softcap > 0, "packed" if packed else "dense"))
-    if tile is None or (tile.D, tile.D_v) in _UNPROVED:
+    if tile is None:
         raise NotImplementedError(
             f"{function}: (D, D_v) for gradients on CUDA must be one of {D_BACKWARD}, got {(int(D), int(D_v))}; "
             "the forward alone runs under torch.no_grad()"

@@ -6,7 +6,6 @@ from cases import ALL
 
 import gqa_autograd
 from gqa_autograd import testing
-from gqa_autograd.kernels import config
 from gqa_autograd.testing import Case
 
 pytestmark = pytest.mark.gpu
@@ -29,10 +28,7 @@ def test_forward(case):
     testing.assert_lse(lse, exact.lse)
 
 
-DIFFERENTIABLE = [case for case in ALL if (case.D, case.D_v or case.D) in config.D_BACKWARD]
-
-
-@pytest.mark.parametrize(("case", "with_dlse"), [(case, n % 2 == 1) for n, case in enumerate(DIFFERENTIABLE)], ids=str)
+@pytest.mark.parametrize(("case", "with_dlse"), [(case, n % 2 == 1) for n, case in enumerate(ALL)], ids=str)
 def test_gradients(case, with_dlse):
     """Every configuration at every length around the tiles; test_gradients.py has every pair of settings."""
     q, k, v, do = testing.make(case, "cuda", seed=1)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 RUNS = 1000
 _CAUSAL = {
     f"{D}x{D_v}": Case(2, 1000, 1000, 8, 2, D, causal=True, D_v=D_v if D_v != D else None, dtype=dtype)
-    for (D, D_v), dtype in zip(config.D_BACKWARD, (torch.bfloat16, torch.float16) * 3, strict=False)
+    for (D, D_v), dtype in zip(config.D_BACKWARD, (torch.bfloat16, torch.float16) * 3, strict=True)
 }
 REPEATED = {
     **_CAUSAL,

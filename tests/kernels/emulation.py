@@ -133,10 +133,12 @@ class Backward(NamedTuple):
 
 @contextlib.contextmanager
 def deciding(how: Backward) -> Iterator[None]:
-    long = dict.fromkeys(backward_launch._LONG, 0 if how.one_head_at_a_time else 2**31)
+    def together(cfg, q, k, keys, deterministic):
+        return min(2, k.shape[0] * k.shape[2]), 1 if how.one_head_at_a_time else q.shape[2]
+
     with (
         mock.patch.object(config, "backward_parts", return_value=how.parts),
-        mock.patch.multiple(backward_launch, _LONG=long, _WIDTH=2),
+        mock.patch.object(backward_launch, "_together", together),
     ):
         yield
 

@@ -239,11 +239,26 @@ def test_torch_warns_where_it_was_asked_to(kernels, packed):
 
 @pytest.mark.parametrize(
     ("D", "deterministic", "S_q", "one_by_one"),
-    [(64, False, 16383, False), (64, False, 16384, True), (64, True, 16384, False), (192, False, 4096, True), (192, True, 16384, False)],
+    [(64, False, 32768, False), (192, False, 4095, False), (192, False, 4096, True), (256, True, 16384, False)],
 )
-def test_heads_of_long_sequences_go_one_after_the_other(kernels, D, deterministic, S_q, one_by_one):
+def test_heads_of_long_sequences_of_wide_heads_go_one_after_the_other(kernels, D, deterministic, S_q, one_by_one):
     launch(make(1, S_q, 64, 4, 2, D), deterministic=deterministic)
     assert kernels.arguments("main")[-2] == (1 if one_by_one else 4)
+
+
+@pytest.mark.parametrize(
+    ("D", "S_kv", "width"), [(64, 1, 16), (64, 2048, 16), (64, 2049, 15), (64, 16384, 2), (64, 40000, 1), (256, 16384, 16)]
+)
+def test_the_longer_the_sequences_the_fewer_kv_heads_go_together(kernels, D, S_kv, width):
+    launch(make(5, 1, S_kv, 4, 4, D))
+    assert kernels.arguments("main")[-3] == width
+
+
+@pytest.mark.parametrize(("lengths", "width"), [((9000, 1000), 6), ((16384,), 2), ((0,) * 20, 8), ((30,) * 20, 8)], ids=str)
+def test_packed_sequences_go_together_by_their_mean(kernels, lengths, width):
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    launch_varlen(make(1, max(sum(lengths), 7), max(sum(lengths), 7), 8, 8), cu_seqlens, cu_seqlens)
+    assert kernels.arguments("main")[-3] == width
 
 
 # --- packed ---
