@@ -258,33 +258,9 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
                 T.call_extern("handle", "gqa::end_turn", T.address_of(TURN[place + 1]))
 
     @T.macro
-    def kernel(
-        Q,
-        K,
-        V,
-        dO,
-        LSE2,
-        DELTA,
-        dQ_sum,
-        TURN,
-        TABLE,
-        dK,
-        dV,
-        scale,
-        cap,
-        left,
-        right,
-        head_tiles,
-        key_blocks,
-        head_parts,
-        query_parts,
-        width,
-        inner,
-        patience,
-    ):
+    def kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, call):
         prelude = tile.PRELUDE + backward_tiles.PRELUDE + OUTPUT + (PACKED if packed else "")
-        blocks = H_kv * B * key_blocks * head_parts * query_parts
-        with T.Kernel(blocks, threads=THREADS, prelude=prelude):
+        with T.Kernel(H_kv * B * call.key_blocks * call.head_parts * call.query_parts, threads=THREADS, prelude=prelude):
             K_smem = T.alloc_shared([block_N, D], dtype)
             V_smem = T.alloc_shared([block_N, D_v], dtype)
             Q_smem = T.alloc_shared([stages, block_M, D], dtype)
@@ -308,10 +284,6 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
             dq_empty = T.alloc_barrier([1] * 2)
             rings = {"q_full": q_full, "q_empty": q_empty, "do_full": do_full, "do_empty": do_empty}
             bars = SimpleNamespace(k_full=k_full, v_full=v_full, dq_full=dq_full, dq_empty=dq_empty, **rings)
-            sizes = {"B": B, "H_q": H_q, "H_kv": H_kv, "rows_q": rows_q, "rows_kv": rows_kv, "columns": B * H_kv}
-            numbers = {"scale": scale, "cap": cap, "left": left, "right": right}
-            blocks_of = {"head_tiles": head_tiles, "key_blocks": key_blocks, "head_parts": head_parts, "query_parts": query_parts}
-            call = SimpleNamespace(**sizes, **numbers, **blocks_of, width=width, inner=inner, patience=patience)
             where = backward_tiles.schedule(form, mask, block_M, block_N, call)
             thread = T.get_thread_binding()
             if thread == 0:
@@ -340,6 +312,7 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
     keys = T.StridedTensor([B, rows_kv, H_kv, D], strides["K"], dtype)
     values = T.StridedTensor([B, rows_kv, H_kv, D_v], strides["V"], dtype)
     gradients = T.StridedTensor([B, rows_q, H_q, D_v], strides["dO"], dtype)
+    sizes = {"B": B, "H_q": H_q, "H_kv": H_kv, "rows_q": rows_q, "rows_kv": rows_kv, "columns": B * H_kv}
     kind = "float32" if form == "split" else dtype
 
     @T.prim_func
@@ -368,29 +341,8 @@ def build(dtype, D, D_v, mask, softcap, form, block_M, block_N, stages):
         inner: T.int32,
         patience: T.int32,
     ):
-        kernel(
-            Q,
-            K,
-            V,
-            dO,
-            LSE2,
-            DELTA,
-            dQ_sum,
-            TURN,
-            TABLE,
-            dK,
-            dV,
-            scale,
-            cap,
-            left,
-            right,
-            head_tiles,
-            key_blocks,
-            head_parts,
-            query_parts,
-            width,
-            inner,
-            patience,
-        )
+        numbers = {"scale": scale, "cap": cap, "left": left, "right": right, "width": width, "inner": inner, "patience": patience}
+        blocks = {"head_tiles": head_tiles, "key_blocks": key_blocks, "head_parts": head_parts, "query_parts": query_parts}
+        kernel(Q, K, V, dO, LSE2, DELTA, dQ_sum, TURN, TABLE, dK, dV, SimpleNamespace(**sizes, **numbers, **blocks))
 
     return attention_bwd
