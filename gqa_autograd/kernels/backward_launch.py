@@ -59,8 +59,12 @@ class Call(NamedTuple):
 
 
 # KV heads, of whatever batch, that go longest-first together: as many as have so many keys, about two rounds of thread blocks, and at most
-# _WIDTH. So few of all tiles of Q, dO and dQ are at work at a time, and the L2 cache holds them. Measured (docs/design/0006)
-_WIDTH, _KEYS = 16, 32768
+# _WIDTH. So few of all tiles of Q, dO and dQ are at work at a time, and the L2 cache holds them. Packed, a head has the keys of all
+# sequences. Above D 128, where a key block has 64 keys: too few heads of a single sequence would wait for each other's sums. Measured for
+# dense calls (docs/design/0006)
+_WIDTH = 16
+_KEYS = {False: 32768, True: 65536}
+_FEWEST = {False: 1, True: 4}
 # Above D 128 the heads of a group go one after the other from so many queries on: all at once would be too much for the L2 cache. In a
 # fixed order blocks then wait longer for each other. Measured
 _LONG = {False: 4096, True: 32768}
@@ -117,8 +121,8 @@ def _run(
         preprocess(out, rows, lse, dlse, *offsets, space.lse2, space.delta, space.turns, space.table, k.shape[1], right, head_tiles)
     else:
         preprocess(out, rows, lse, dlse, space.lse2, space.delta, space.turns)
-    sequences = offsets[0].shape[0] - 1 if offsets else 1
-    together = _together(cfg, q, k, k.shape[1] // sequences, call.deterministic)
+    sequences = max(offsets[0].shape[0] - 1, 1) if offsets else 1
+    together = _together(cfg, q, k, sequences, call.deterministic)
     order = head_tiles, key_blocks, *parts, *together, _PATIENCE[call.deterministic]
     main(q, k, v, do, space.lse2, space.delta, space.dq, space.turns, space.table, *sums, call.scale, call.softcap, left, right, *order)
     if offsets:
@@ -129,10 +133,10 @@ def _run(
         combine[0](*(t.view(parts[0] * parts[1], -1, t.shape[3]) for t in sums), *(t.view(-1, t.shape[3]) for t in (dk, dv)))
 
 
-def _together(cfg: Backward, q: Tensor, k: Tensor, keys: int, deterministic: bool) -> tuple[int, int]:
-    """How many KV heads go longest-first together, and how many query heads of each; keys: of a sequence, in the mean."""
+def _together(cfg: Backward, q: Tensor, k: Tensor, sequences: int, deterministic: bool) -> tuple[int, int]:
+    """How many KV heads go longest-first together, and how many query heads of each; sequences: in a row of k."""
     columns, wide = k.shape[0] * k.shape[2], cfg.D > 128
-    width = _WIDTH if wide else max(1, min(_WIDTH, _KEYS // max(keys, 1)))
+    width = max(min(_WIDTH, _KEYS[wide] // k.shape[1]), _FEWEST[wide] // sequences, 1)
     return min(width, columns), 1 if wide and q.shape[1] >= _LONG[deterministic] else q.shape[2]
 
 

@@ -90,12 +90,14 @@ def axes(entry: Entry) -> dict[str, Any]:
 
 @functools.cache
 def representative() -> dict[str, Entry]:
-    """Of each family a few kernels in which each two values of two axes meet: what the daily tests lower, compile and emulate."""
+    """Of each family a few kernels: what the daily tests lower, compile and emulate. Of the main kernels' switches each two values meet;
+    each head size and tile occurs, and so does each value of the small kernels' axes."""
     chosen = {}
     for family in dict.fromkeys(entry.family for entry in entries().values()):
         kernels = [(axes(entry), entry) for entry in entries().values() if entry.family == family]
         values = {axis: tuple(dict.fromkeys(a[axis] for a, _ in kernels)) for axis in kernels[0][0]}
-        wanted = cover(values, lambda choice, known=[a for a, _ in kernels]: choice in known)
+        alone = ("sizes", "block_M") if family in ("forward", "backward") else tuple(values)
+        wanted = cover(values, lambda choice, known=[a for a, _ in kernels]: choice in known, alone)
         chosen |= {str(entry): entry for found, entry in kernels if found in wanted}
     return chosen
 

@@ -133,7 +133,7 @@ class Backward(NamedTuple):
 
 @contextlib.contextmanager
 def deciding(how: Backward) -> Iterator[None]:
-    def together(cfg, q, k, keys, deterministic):
+    def together(cfg, q, k, sequences, deterministic):
         return min(2, k.shape[0] * k.shape[2]), 1 if how.one_head_at_a_time else q.shape[2]
 
     with (

@@ -247,17 +247,22 @@ def test_heads_of_long_sequences_of_wide_heads_go_one_after_the_other(kernels, D
 
 
 @pytest.mark.parametrize(
-    ("D", "S_kv", "width"), [(64, 1, 16), (64, 2048, 16), (64, 2049, 15), (64, 16384, 2), (64, 40000, 1), (256, 16384, 16)]
+    ("D", "S_kv", "width"),
+    [(64, 1, 16), (64, 2048, 16), (64, 2049, 15), (64, 16384, 2), (64, 40000, 1), (256, 4096, 16), (256, 8192, 8), (256, 40000, 4)],
 )
 def test_the_longer_the_sequences_the_fewer_kv_heads_go_together(kernels, D, S_kv, width):
     launch(make(5, 1, S_kv, 4, 4, D))
     assert kernels.arguments("main")[-3] == width
 
 
-@pytest.mark.parametrize(("lengths", "width"), [((9000, 1000), 6), ((16384,), 2), ((0,) * 20, 8), ((30,) * 20, 8)], ids=str)
-def test_packed_sequences_go_together_by_their_mean(kernels, lengths, width):
+@pytest.mark.parametrize(
+    ("D", "lengths", "width"),
+    [(64, (9000, 1000), 3), (64, (16383,), 2), (64, (30,) * 20, 8), (64, (), 8), (256, (9000, 1000), 6), (256, (30000, 4000), 2)],
+    ids=str,
+)
+def test_a_packed_head_has_the_keys_of_all_sequences(kernels, D, lengths, width):
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    launch_varlen(make(1, max(sum(lengths), 7), max(sum(lengths), 7), 8, 8), cu_seqlens, cu_seqlens)
+    launch_varlen(make(1, sum(lengths) + 1, sum(lengths) + 1, 8, 8, D), cu_seqlens, cu_seqlens)
     assert kernels.arguments("main")[-3] == width
 
 

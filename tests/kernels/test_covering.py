@@ -21,6 +21,16 @@ def test_it_is_much_smaller_than_everything_and_always_the_same():
     assert 12 <= len(chosen) <= 18 < len(list(itertools.product(*AXES.values())))
 
 
+def test_axes_apart_show_every_value_and_are_in_no_pair():
+    chosen = cover(AXES, alone=("a", "d"))
+    for axis, found in AXES.items():
+        assert {c[axis] for c in chosen} == set(found)
+    assert {(c["b"], c["c"]) for c in chosen} == set(itertools.product(AXES["b"], AXES["c"]))
+    # The longest axis decides, or the pairs of the others
+    assert len(chosen) <= 5
+    assert len(cover(AXES, alone=tuple(AXES))) == 4
+
+
 def test_what_is_not_allowed_is_not_chosen_and_not_missed():
     chosen = cover(AXES, lambda choice: choice["a"] != 3 or choice["b"] == "x")
     assert not [c for c in chosen if c["a"] == 3 and c["b"] == "y"]
