@@ -85,7 +85,8 @@ def test(python, here, arguments):
     # One card is not shared by several processes
     variables, serial = {}, any("gpu" in a or a.startswith(("-n", "--numprocesses")) for a in arguments)
     if not serial and (not here or importlib.util.find_spec("xdist")):
-        arguments = ["-n", str(min(os.cpu_count() or 1, 8)), *arguments]
+        # Tests side by side share compiled kernels, and some take a hundred times as long as others
+        arguments = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal", *arguments]
         variables = {"OMP_NUM_THREADS": "1"}
     tested = run(python, "-m", "pytest", *arguments, **variables)
     if status:

@@ -59,9 +59,9 @@ class Call(NamedTuple):
 
 
 # KV heads, of whatever batch, that go longest-first together: as many as have so many keys, about two rounds of thread blocks, and at most
-# _WIDTH. So few of all tiles of Q, dO and dQ are at work at a time, and the L2 cache holds them. Packed, a head has the keys of all
-# sequences. Above D 128, where a key block has 64 keys: too few heads of a single sequence would wait for each other's sums. Measured for
-# dense calls (docs/design/0006)
+# _WIDTH. So few of all tiles of Q, dO and dQ are at work at a time, and the L2 cache holds them. Packed, a head has the keys of a group of
+# sequences. Above D 128 (True), where a block has 64 keys, the blocks of too few heads would wait for each other's sums. Measured for dense
+# calls (docs/design/0006)
 _WIDTH = 16
 _KEYS = {False: 32768, True: 65536}
 _FEWEST = {False: 1, True: 4}
@@ -113,7 +113,7 @@ def _run(
     q, k, v, do = (device.rows(t) for t in (call.q, call.k, call.v, call.do))
     out, lse, rows = (device.whole(t) for t in (call.out, call.lse, do))
     dlse = lse if call.dlse is None else device.whole(call.dlse)
-    space = _workspace(cfg, q, head_tiles, key_blocks)
+    space = _workspace(cfg, q, k.shape[1], head_tiles, key_blocks)
     left, right = config.sides(cfg.mask, call.window, q.shape[1] + k.shape[1])
     preprocess, main, postprocess, *combine = compiled(cfg, q.dtype, call.dlse is not None)
     sums = _partial(dk, dv, parts[0] * parts[1]) if combine else (dk, dv)
@@ -136,7 +136,8 @@ def _run(
 def _together(cfg: Backward, q: Tensor, k: Tensor, sequences: int, deterministic: bool) -> tuple[int, int]:
     """How many KV heads go longest-first together, and how many query heads of each; sequences: in a row of k."""
     columns, wide = k.shape[0] * k.shape[2], cfg.D > 128
-    width = max(min(_WIDTH, _KEYS[wide] // k.shape[1]), _FEWEST[wide] // sequences, 1)
+    keys = min(k.shape[1], backward_packed.GROUP) if cfg.form == "packed" else k.shape[1]
+    width = max(min(_WIDTH, _KEYS[wide] // keys), _FEWEST[wide] // sequences, 1)
     return min(width, columns), 1 if wide and q.shape[1] >= _LONG[deterministic] else q.shape[2]
 
 
@@ -148,12 +149,12 @@ class _Workspace(NamedTuple):
     table: Tensor
 
 
-def _workspace(cfg: Backward, q: Tensor, head_tiles: int, key_blocks: int) -> _Workspace:
+def _workspace(cfg: Backward, q: Tensor, tokens: int, head_tiles: int, key_blocks: int) -> _Workspace:
     """lse2 and delta [tiles, block_M] and dq [tiles, lines, LINE] in float32; turns [1 + tiles] and the table of key blocks in int32."""
     tiles = q.shape[0] * q.shape[2] * head_tiles
     lse2, delta = (q.new_empty((tiles, cfg.block_M), dtype=torch.float32) for _ in range(2))
     dq = q.new_empty((tiles, cfg.block_M * cfg.D // LINE, LINE), dtype=torch.float32)
-    rows = key_blocks + backward_packed.SPARE_ROWS if cfg.form == "packed" else 1
+    rows = key_blocks + backward_packed.spare_rows(tokens) if cfg.form == "packed" else 1
     table = q.new_empty((rows, backward_tiles.ROW), dtype=torch.int32)
     return _Workspace(lse2, delta, dq, q.new_empty(1 + tiles, dtype=torch.int32), table)
 

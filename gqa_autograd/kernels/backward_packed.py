@@ -4,13 +4,21 @@ blocks that the main kernel works through (backward_tiles.py)."""
 from . import backward_tiles as tiles
 from .forward_tiles import PACKED as OFFSETS
 
-# Costs of a key block fall into classes of a quarter of an octave. Their counters take the table's last rows
-CLASSES = 128
-SPARE_ROWS = -(-(CLASSES + 1) // tiles.ROW)
+# Sequences that begin in the same stretch of so many tokens of k are listed together: two rounds of thread blocks. A longer list would take
+# key blocks of one sequence so far from each other that its Q, dO and dQ leave the L2 cache between them
+GROUP = 32768
+# Costs of a key block fall into classes of half an octave. A group has a counter for each, and one for all
+CLASSES = 64
+
+
+def spare_rows(tokens: int) -> int:
+    """Rows of the table behind the key blocks, which hold the counters; tokens: of k."""
+    return -(-(tokens // GROUP + 1) * (CLASSES + 1) // tiles.ROW)
+
 
 # sequence_of, by whole warps: the sequence that owns tile p of a head; `sequences` stands for the tokens behind the last one.
-# list_key_blocks, by a whole thread block: the table, those that most queries see first, and those of one sequence in their order: a thread
-# lists them, and their costs never rise.
+# list_key_blocks, by a whole thread block: the table, group after group, in a group those that most queries see first, and those of one
+# sequence in their order: a thread lists them, and their costs never rise. Counters first count, then say where the next one goes.
 PRELUDE = (
     OFFSETS
     + f"""
@@ -34,19 +42,42 @@ __device__ __forceinline__ int cost_class(int n0, int S_q, int S_kv, int right, 
   const int first = max((n0 + S_q - S_kv - right) / block_M, 0), cost = max((S_q + block_M - 1) / block_M - first, 0);
   if (cost == 0) return 0;
   const int log = 31 - __clz(cost);
-  return 1 + log * 4 + (log < 2 ? cost << (2 - log) : cost >> (log - 2)) % 4;
+  return 1 + log * 2 + (log < 1 ? 0 : cost >> (log - 1)) % 2;
+}}
+__device__ __forceinline__ void open_groups(volatile int* starts, int groups) {{
+  for (int g = threadIdx.x; g < groups; g += blockDim.x) {{
+    volatile int* of_group = starts + g * {CLASSES + 1};
+    int all = 0;
+#pragma unroll 8
+    for (int c = 0; c < {CLASSES}; ++c) all += of_group[c];
+    of_group[{CLASSES}] = all;
+  }}
+  __syncthreads();
+  for (int g = threadIdx.x; g < groups; g += blockDim.x) {{
+    int before = 0;
+    for (int other = 0; other < g; ++other) before += starts[other * {CLASSES + 1} + {CLASSES}];
+#pragma unroll 8
+    for (int c = {CLASSES} - 1; c >= 0; --c) {{
+      volatile int* start = starts + g * {CLASSES + 1} + c;
+      const int count = *start;
+      *start = before;
+      before += count;
+    }}
+  }}
 }}
 __device__ __forceinline__ void list_key_blocks(
     int* table, const int* cu_q, const int* cu_k, int sequences, int rows_q, int rows_kv, int right, int block_M, int block_N, int rows) {{
-  const int threads = blockDim.x, entries = rows - {SPARE_ROWS};
+  const int threads = blockDim.x, groups = rows_kv / {GROUP} + 1, counters = groups * {CLASSES + 1};
+  const int entries = rows - (counters + {tiles.ROW - 1}) / {tiles.ROW};
   volatile int* starts = table + entries * {tiles.ROW};
-  for (int c = threadIdx.x; c <= {CLASSES}; c += threads) starts[c] = 0;
+  for (int c = threadIdx.x; c < counters; c += threads) starts[c] = 0;
   __syncthreads();
   for (int pass = 0; pass < 2; ++pass) {{
     for (int n = threadIdx.x; n < sequences; n += threads) {{
       const int S_q = length(cu_q, n, rows_q), S_kv = length(cu_k, n, rows_kv);
+      volatile int* of_group = starts + offset(cu_k, n, rows_kv) / {GROUP} * {CLASSES + 1};
       for (int block = 0; block * block_N < S_kv; ++block) {{
-        const int at = atomicAdd((int*)&starts[cost_class(block * block_N, S_q, S_kv, right, block_M)], 1);
+        const int at = atomicAdd((int*)&of_group[cost_class(block * block_N, S_q, S_kv, right, block_M)], 1);
         if (pass == 0 || at >= entries) continue;
         int* row = table + at * {tiles.ROW};
         row[{tiles.ROW_Q_START}] = offset(cu_q, n, rows_q);
@@ -58,18 +89,13 @@ __device__ __forceinline__ void list_key_blocks(
       }}
     }}
     __syncthreads();
-    if (pass == 0 && threadIdx.x == 0) {{
-      int before = 0;
-      for (int c = {CLASSES} - 1; c >= 0; --c) {{
-        const int count = starts[c];
-        starts[c] = before;
-        before += count;
-      }}
-      starts[{CLASSES}] = min(before, entries);
-    }}
+    if (pass == 0) open_groups(starts, groups);
     __syncthreads();
   }}
-  const int total = starts[{CLASSES}], behind = offset(cu_k, sequences, rows_kv);
+  int total = 0;
+  for (int g = 0; g < groups; ++g) total += starts[g * {CLASSES + 1} + {CLASSES}];
+  total = min(total, entries);
+  const int behind = offset(cu_k, sequences, rows_kv);
   for (int at = total + threadIdx.x; at < entries; at += threads) {{
     int* row = table + at * {tiles.ROW};
     const int begin = min((int64_t)rows_kv, behind + (int64_t)(at - total) * block_N);
