@@ -87,10 +87,7 @@ def make(case: DecodeCase, device: torch.device | str = "cpu", seed: int = 0) ->
         return made.transpose(1, 2) if case.layout == "bhsd" else made
 
     B, S_max = len(case.lengths), max(case.lengths, default=0) if case.S_max is None else case.S_max
-    if case.layout == "fused":
-        q = normal(B, case.S_q, case.H_q + 2 * case.H_kv)[:, :, : case.H_q]
-    else:
-        q = normal(B, case.S_q, case.H_q)
+    q = normal(B, case.S_q, case.H_q + (2 * case.H_kv if case.layout == "fused" else 0))[:, :, : case.H_q]
     lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
     if case.S_page is None:
         k, v = normal(B, S_max, case.H_kv), normal(B, S_max, case.H_kv)

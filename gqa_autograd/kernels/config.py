@@ -95,13 +95,9 @@ BACKWARD = {
     for mask, softcap, form in itertools.product(MASKS, (False, True), FORMS)
 }
 # D: block_N, k_stages, v_stages, blocks_per_sm, skip_rescale. Of 228 KB a multiprocessor: 104 KB a block at D 64, 96 at 128, 224 at 256
-_DECODE = {64: (128, 3, 3, 2, True), 128: (64, 3, 2, 2, True), 256: (64, 3, 3, 1, True)}
-DECODE_FORMS = ("dense", "paged", "small")
-# Keys of a box: a page has one at least
-_BOX = {"dense": 64, "paged": 64, "small": 16}
-DECODE = {
-    (D, softcap, form): Decode(D, softcap, form, block_N, _BOX[form], *rest)
-    for D, (block_N, *rest) in _DECODE.items()
+_DECODE = {
+    (D, softcap, form): Decode(D, softcap, form, tile[0], _BOX[form], *tile[1:])
+    for D, tile in _DECODE.items()
     for softcap, form in itertools.product((False, True), DECODE_FORMS)
 }
 D_FORWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in FORWARD}))
@@ -158,12 +154,18 @@ def decode(function: str, D: int, S_page: int | None, softcap: float) -> Decode:
 
 # A thread block of a decode call does at least so many tiles: fewer would not pay for the merging
 _FEWEST_TILES = 2
+# They are counted in 32 bits
+_MOST_TILES = 2**30
 
 
 def decode_blocks(tile: Decode, B: int, S_q: int, H_q: int, H_kv: int, capacity: int, multiprocessors: int) -> tuple[int, int]:
     """(thread blocks, the fewest tiles of one), from what the cache can hold: the lengths are known on the device only."""
     units = B * H_kv * max(1, -(-S_q * (H_q // H_kv) // 64))
     most = units * max(1, -(-capacity // tile.block_N))
+    if most >= _MOST_TILES:
+        raise NotImplementedError(
+            f"attention_decode: B H_kv S_q capacity on CUDA must be below {_MOST_TILES} tiles of 64 rows by {tile.block_N} keys, got {most}"
+        )
     return max(1, min(multiprocessors * tile.blocks_per_sm, -(-most // _FEWEST_TILES))), _FEWEST_TILES
 
 

@@ -1,8 +1,8 @@
 """Decoding: a few queries of each sequence over its cache, O = softmax(S) V, S = scale Q K^T or cap tanh(scale / cap Q K^T).
 
 All query heads of a KV head share a tile of 64 rows, row = position G + head in the group, so K and V are read once whatever the ratio of
-heads. A thread block has one consumer warpgroup and one producer warp, which streams K and V by TMA through rings of buffers; several blocks
-fit a multiprocessor, and one's softmax runs under the other's products and loads. What a block does is an equal stretch of all key tiles
+heads. A thread block has one consumer warpgroup and one producer warp, which streams K and V by TMA through rings of buffers; up to D 128
+two blocks share a multiprocessor, and one's softmax runs under the other's products. What a block does is an equal stretch of all key tiles
 (decode_tiles.py); where it begins or ends inside a unit it leaves a part, and the last to come merges the parts (decode_output.py).
 
 Three forms. "dense": the cache is [B, S_max, H_kv, D]. "paged": pages of at least `box` keys in a pool. "small": pages below that; then a

@@ -51,7 +51,7 @@ def plan(
 ) -> Launch:
     """The launch for all tensors of the shapes, strides, dtype, device and alignment that these have. It keeps none of these."""
     device.require_hopper("attention_decode", q.device)
-    B, S_q, H_q, D = q.shape
+    B, S_q, H_q, _ = q.shape
     P, S_page, H_kv, _ = k_cache.shape
     capacity = min(S_page * (1 if page_table is None else page_table.shape[1]), _MOST_KEYS)
     if q.numel() == 0:

@@ -1,8 +1,8 @@
 """How a decode's key tiles are shared out, known on the device only; the queries of a tile; its mask.
 
-All tiles of all sequences stand in one row: sequence by sequence, in it KV head by KV head, in that the tiles of rows (usually one), and of
-these the key tiles. Each thread block takes an equal stretch of that row. A unit (sequence, KV head, tile of rows) whose keys lie in several
-stretches has a part from each of their blocks. So sequences of any lengths fill the device, and nothing about them is known to the host.
+All tiles of all sequences stand in one row: sequence by sequence, in it KV head by KV head, in that the tiles of rows (usually one), and
+of these the key tiles. Each thread block takes an equal stretch of that row. A unit (sequence, KV head, tile of rows) whose keys lie in
+several stretches has a part from each of their blocks. So sequences of any lengths fill the device, and the host knows nothing about them.
 """
 
 import tilelang.language as T
