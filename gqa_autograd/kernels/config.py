@@ -95,7 +95,11 @@ BACKWARD = {
     for mask, softcap, form in itertools.product(MASKS, (False, True), FORMS)
 }
 # D: block_N, k_stages, v_stages, blocks_per_sm, skip_rescale. Of 228 KB a multiprocessor: 104 KB a block at D 64, 96 at 128, 224 at 256
-_DECODE = {
+_DECODE: dict[int, tuple[int, int, int, int, bool]] = {64: (128, 3, 3, 2, True), 128: (64, 3, 2, 2, True), 256: (64, 3, 3, 1, True)}
+DECODE_FORMS = ("dense", "paged", "small")
+# Keys of a box: a page has one at least
+_BOX = {"dense": 64, "paged": 64, "small": 16}
+DECODE = {
     (D, softcap, form): Decode(D, softcap, form, tile[0], _BOX[form], *tile[1:])
     for D, tile in _DECODE.items()
     for softcap, form in itertools.product((False, True), DECODE_FORMS)
