@@ -58,6 +58,35 @@ class DecodeCase:
         return *checks.window("DecodeCase", self.causal, self.window), scale, self.softcap
 
 
+_F16 = torch.float16
+# Every ratio of heads and head size, one query to 64, empty sequences and such with fewer keys than queries, around the sizes of tiles
+CASES = (
+    DecodeCase(1, (1, 64, 129), 4, 4, 128),
+    DecodeCase(1, (1000, 0, 63), 6, 3, 64, dtype=_F16),
+    DecodeCase(2, (127, 1), 6, 2, 128, layout="fused"),
+    DecodeCase(3, (257, 2, 300), 10, 2, 64, S_max=400),
+    DecodeCase(4, (130, 513), 12, 2, 128, S_page=16, dtype=_F16),
+    DecodeCase(7, (5, 200), 14, 2, 256, layout="bhsd"),
+    DecodeCase(8, (600, 65), 16, 2, 128, S_page=64),
+    DecodeCase(1, (1025,), 12, 1, 128, S_page=256, S_max=2000),
+    DecodeCase(5, (90, 333, 0), 24, 2, 64, S_page=32),
+    DecodeCase(16, (300, 17), 32, 2, 256, S_page=128, dtype=_F16),
+    DecodeCase(1, (500, 77), 71, 1, 64),
+    DecodeCase(9, (444,), 71, 1, 128, S_page=16),
+    DecodeCase(63, (100, 64, 1), 4, 2, 128),
+    DecodeCase(64, (64, 700), 12, 1, 64, S_page=64),
+    DecodeCase(64, (10, 0), 2, 1, 256, causal=False),
+    DecodeCase(2, (700, 30), 12, 2, 128, window=(63, -1)),
+    DecodeCase(17, (300, 9), 8, 2, 64, causal=False, window=(11, 4), S_page=16),
+    DecodeCase(6, (640, 200), 6, 1, 128, causal=False, window=(-1, 3), dtype=_F16, layout="bhsd"),
+    DecodeCase(3, (400, 1, 66), 15, 3, 128, softcap=30.0),
+    DecodeCase(1, (800, 31), 14, 2, 256, softcap=15.0, window=(100, 0), S_page=32),
+    DecodeCase(2, (222, 350), 6, 2, 64, scale=-0.3),
+    DecodeCase(2, (222,), 6, 2, 128, scale=0.0, S_page=128),
+    DecodeCase(1, tuple(7 * n % 130 for n in range(70)), 8, 2, 128),
+)
+
+
 class Given(NamedTuple):
     """The tensors of a case. Of the cache, all that is no key of a sequence is NaN."""
 
