@@ -142,15 +142,8 @@ def arena(monkeypatch):
     """Of three streams and two captured launches."""
     decode_launch = pytest.importorskip("gqa_autograd.kernels.decode_launch", reason="no tilelang here: its launch code was not run")
     rows = torch.zeros(5, 8, dtype=torch.int32).unbind()
-    made = SimpleNamespace(rows=rows, slot=0, capturing=False, exists=1, launch=decode_launch)
-
-    captured = itertools.count(3)
-
-    def arena_of(index):
-        return rows, captured
-
-    arena_of.cache_info = lambda: SimpleNamespace(currsize=made.exists)
-    monkeypatch.setattr(decode_launch, "_arena", arena_of)
+    made = SimpleNamespace(rows=rows, slot=0, capturing=False, launch=decode_launch)
+    monkeypatch.setattr(decode_launch, "_arenas", {0: decode_launch._Arena(rows, itertools.count(3))})
     monkeypatch.setattr(decode_launch, "CAPTURED", 2)
     monkeypatch.setattr(decode_launch.device, "SLOTS", 3)
     monkeypatch.setattr(decode_launch.device, "slot", lambda index: made.slot)
@@ -174,8 +167,10 @@ def test_each_captured_launch_has_counters_of_its_own(arena):
 
 
 def test_a_capture_makes_no_arena(arena):
-    arena.slot, arena.capturing, arena.exists = -1, True, 0
-    assert arena.launch._counters(0, torch.zeros(1), 6).tolist() == [0] * 6
+    """Here on another device than the one that has one."""
+    arena.slot, arena.capturing = -1, True
+    assert arena.launch._counters(1, torch.zeros(1), 6).tolist() == [0] * 6
+    assert list(arena.launch._arenas) == [0]
 
 
 def test_one_stream_too_many_clears_its_own(arena):
