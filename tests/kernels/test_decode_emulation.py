@@ -21,18 +21,18 @@ from emulation import Machine  # noqa: E402
 from hopper_emulator import EmulationError  # noqa: E402
 
 # Of sequences: one key; a whole tile; some empty, one in several blocks; more sequences than a warp has lanes
-LENGTHS = ((1,), (64, 128), (0, 700, 63), (1000, 0, 2, 130), tuple(7 * n % 90 for n in range(40)))
+LENGTHS = ((1, 64, 128), (0, 700, 63), (1000, 0, 2, 130), tuple(7 * n % 90 for n in range(40)))
 MASKS = (("causal", (-1, -1)), ("full", (-1, -1)), ("causal", (40, -1)), ("full", (17, 5)))
 AXES = {
     "lengths": LENGTHS,
     "S_q": (1, 2, 33, 64),
-    "H": ((4, 4), (7, 1), (12, 2), (71, 1)),
+    "H": ((4, 4), (12, 2), (71, 1)),
     "mask": MASKS,
     "scale": (None, -0.3, 0.0),
     "spare": (0, 37),
     "layout": ("bshd", "bhsd", "fused"),
     "multiprocessors": (1, 3, 60),
-    "schedule": ("eager", "lazy", 1, 2),
+    "schedule": ("eager", "lazy", 1),
     "lse": (True, False),
 }
 PAGES = {"dense": (None,), "paged": (64, 128, 256), "small": (16, 32)}
@@ -71,7 +71,7 @@ def everything() -> list[tuple]:
     turn = itertools.cycle(itertools.product(*(AXES[axis] for axis in others)))
     chosen = []
     for entry in kernels(catalogue.entries()):
-        for page, lengths, schedule in itertools.product(PAGES[entry.tile.form], LENGTHS, AXES["schedule"]):
+        for page, lengths, schedule in itertools.product(PAGES[entry.tile.form], LENGTHS, ("eager", "lazy", 1, 2, 3)):
             fixed = {"lengths": lengths, "schedule": schedule}
             choice = next(c for c in (dict(zip(others, rest, strict=True)) | fixed for rest in turn) if allowed(c))
             chosen.append((entry, choice, page))
@@ -101,7 +101,7 @@ def test_decode(chosen):
 
 def test_daily_choice_is_small_and_whole():
     chosen = covering()
-    assert len(chosen) <= 30
+    assert len(chosen) <= 25
     assert {str(entry) for entry, _, _ in chosen} == {str(entry) for entry in kernels(catalogue.representative())}
     assert {(axis, choice[axis]) for _, choice, _ in chosen for axis in AXES} == {(a, x) for a, values in AXES.items() for x in values}
 
