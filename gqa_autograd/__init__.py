@@ -2,6 +2,7 @@
 
 from . import _version, nn
 from .functional import attention, attention_varlen, attention_varlen_with_lse, attention_with_lse, merge_states
+from .functional_decode import attention_decode, attention_decode_with_lse
 from .ops_varlen import SAVE_OPS
 from .support import explain, supported, warmup
 
@@ -9,6 +10,8 @@ __version__ = _version.__version__
 __all__ = [
     "SAVE_OPS",
     "attention",
+    "attention_decode",
+    "attention_decode_with_lse",
     "attention_varlen",
     "attention_varlen_with_lse",
     "attention_with_lse",

@@ -31,22 +31,27 @@ FILES = sorted(
 
 # What each part may import of the package. "(kernels)": only inside a function, so that importing the package needs no compiler
 MAY_IMPORT = {
-    "__init__": {"_version", "functional", "ops_varlen", "nn", "distributed", "cache", "support"},
+    "__init__": {"_version", "functional", "functional_decode", "ops_varlen", "nn", "distributed", "cache", "support"},
     "_version": set(),
     "cache": set(),
     "checks": set(),
+    "checks_decode": {"checks"},
     "distributed": {"distributed", "functional"},
     "flops": set(),
     "functional": {"ops", "ops_varlen", "checks", "plans", "(kernels)"},
+    "functional_decode": {"functional", "ops", "ops_decode", "checks", "checks_decode"},
     "kernels": {"kernels"},
     "meta": set(),
     "nn": {"functional"},
     "ops": {"meta", "checks", "flops", "plans", "reference", "(kernels)"},
+    "ops_decode": {"ops", "meta", "checks_decode", "flops", "plans", "reference", "(kernels)"},
     "ops_varlen": {"ops", "meta", "checks", "flops", "reference", "(kernels)"},
     "plans": set(),
     "reference": {"reference"},
-    "support": {"functional", "ops", "ops_varlen", "checks", "(kernels)"},
+    "support": {"functional", "functional_decode", "ops", "ops_decode", "ops_varlen", "checks", "support_decode", "(kernels)"},
+    "support_decode": {"functional_decode", "checks", "(kernels)"},
     "testing": {"reference", "functional", "meta", "checks"},
+    "testing_decode": {"testing", "reference", "checks"},
     "testing_varlen": {"testing", "functional", "checks"},
 }
 

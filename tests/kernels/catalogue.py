@@ -24,18 +24,20 @@ KERNELS = Path(config.__file__).parent
 
 
 class Entry(NamedTuple):
-    """One kernel: family (forward, combine; backward, preprocess, postprocess, merge), tile, dtype, and has it the family's option (LSE,
-    dLSE)?"""
+    """One kernel: family (forward, combine; decode; backward, preprocess, postprocess, merge), tile, dtype, and has it the family's option
+    (LSE, dLSE)?"""
 
     family: str
-    tile: config.Forward | config.Backward
+    tile: config.Forward | config.Backward | config.Decode
     dtype: torch.dtype
     option: bool
 
     @property
     def program(self):
-        from gqa_autograd.kernels import backward_launch, forward_launch
+        from gqa_autograd.kernels import backward_launch, decode_launch, forward_launch
 
+        if self.family == "decode":
+            return decode_launch.program(self.tile, self.dtype)
         if self.family == "forward":
             return forward_launch.program(self.tile, self.dtype, self.option)
         if self.family == "combine":
@@ -44,6 +46,8 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         tile = self.tile
+        if self.family == "decode":
+            return "-".join(["decode", f"d{tile.D}", *["softcap"] * tile.softcap, tile.form, str(self.dtype).removeprefix("torch.")])
         # dQ has no D_v
         parts = [self.family, f"d{tile.D}"] + [f"dv{tile.D_v}"] * (tile.D_v != tile.D and self.family != "postprocess")
         if self.family in ("forward", "backward"):
@@ -73,6 +77,7 @@ def entries() -> dict[str, Entry]:
         found += [Entry("backward", tile, dtype, False), Entry("postprocess", tile, dtype, False)]
         found += [Entry("preprocess", tile, dtype, dlse) for dlse in (False, True)]
         found += [Entry("merge", tile, dtype, False)] * (tile.form == "split")
+    found += [Entry("decode", tile, dtype, False) for tile, dtype in itertools.product(config.DECODE.values(), DTYPES)]
     unique: dict[str, Entry] = {}
     for entry in found:
         unique.setdefault(str(entry), entry)
@@ -82,6 +87,8 @@ def entries() -> dict[str, Entry]:
 def axes(entry: Entry) -> dict[str, Any]:
     """What is static in a kernel, by name. The mask is none of the axes where the kernel doesn't depend on it."""
     tile = entry.tile
+    if entry.family == "decode":
+        return {"dtype": entry.dtype, "D": tile.D, "softcap": tile.softcap, "form": tile.form}
     found = {"dtype": entry.dtype, "option": entry.option, "sizes": (tile.D, tile.D_v), "block_M": tile.block_M}
     if entry.family in ("forward", "backward"):
         return found | {"mask": tile.mask, "softcap": tile.softcap, "form": tile.form}

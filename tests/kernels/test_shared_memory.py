@@ -25,14 +25,29 @@ def test_every_forward_fits():
 
 
 def pytest_generate_tests(metafunc):
-    if "name" in metafunc.fixturenames:
-        names = (name for name, entry in catalogue.chosen(metafunc.config).items() if entry.family == "forward")
-        metafunc.parametrize("name", names)
+    for fixture, family in (("name", "forward"), ("decode_name", "decode")):
+        if fixture in metafunc.fixturenames:
+            names = (name for name, entry in catalogue.chosen(metafunc.config).items() if entry.family == family)
+            metafunc.parametrize(fixture, names)
+
+
+def asked(entry: catalogue.Entry) -> int:
+    (found,) = (int(n) for n in re.findall(r"v_int64\) = \(\(int64_t\)(\d{5,6})\);", catalogue.code(entry).host))
+    return found
 
 
 def test_the_sum_is_what_the_launch_asks_for(name):
     """Else a new buffer would go uncounted."""
     pytest.importorskip("tilelang", reason="no tilelang here: the kernels were not lowered")
     entry = catalogue.entries()[name]
-    (asked,) = (int(n) for n in re.findall(r"v_int64\) = \(\(int64_t\)(\d{5,6})\);", catalogue.code(entry).host))
-    assert asked <= wanted(entry.tile) <= asked + 1024
+    assert asked(entry) <= wanted(entry.tile) <= asked(entry) + 1024
+
+
+def test_as_many_decode_blocks_fit_a_multiprocessor_as_config_says(decode_name):
+    """Of 228 KiB each block takes 1 KiB for itself, and its barriers lie before the dynamic part, which is aligned to 1 KiB."""
+    pytest.importorskip("tilelang", reason="no tilelang here: the kernels were not lowered")
+    entry = catalogue.entries()[decode_name]
+    tile = entry.tile
+    assert 0 <= asked(entry) - 2 * tile.D * (64 + tile.block_N * (tile.k_stages + tile.v_stages)) <= 64
+    assert (asked(entry) + 2048) * tile.blocks_per_sm <= 228 * 1024
+    assert f"__launch_bounds__(160, {tile.blocks_per_sm})" in catalogue.code(entry).device
