@@ -33,8 +33,9 @@ FILES = sorted(
 MAY_IMPORT = {
     "__init__": {"_version", "functional", "ops_varlen", "nn", "distributed", "cache", "support"},
     "_version": set(),
-    "cache": set(),
+    "cache": {"ops_cache", "checks_cache"},
     "checks": set(),
+    "checks_cache": {"checks"},
     "distributed": {"distributed", "functional"},
     "flops": set(),
     "functional": {"ops", "ops_varlen", "checks", "plans", "(kernels)"},
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "meta": set(),
     "nn": {"functional"},
     "ops": {"meta", "checks", "flops", "plans", "reference", "(kernels)"},
+    "ops_cache": {"ops", "checks_cache", "reference", "(kernels)"},
     "ops_varlen": {"ops", "meta", "checks", "flops", "reference", "(kernels)"},
     "plans": set(),
     "reference": {"reference"},

@@ -24,8 +24,8 @@ KERNELS = Path(config.__file__).parent
 
 
 class Entry(NamedTuple):
-    """One kernel: family (forward, combine; backward, preprocess, postprocess, merge), tile, dtype, and has it the family's option (LSE,
-    dLSE)?"""
+    """One kernel: family (forward, combine; backward, preprocess, postprocess, merge; append), tile, dtype, and has it the family's option
+    (LSE, dLSE, pages)?"""
 
     family: str
     tile: config.Forward | config.Backward
@@ -34,8 +34,10 @@ class Entry(NamedTuple):
 
     @property
     def program(self):
-        from gqa_autograd.kernels import backward_launch, forward_launch
+        from gqa_autograd.kernels import backward_launch, cache, forward_launch
 
+        if self.family == "append":
+            return cache.program(self.dtype, self.option)
         if self.family == "forward":
             return forward_launch.program(self.tile, self.dtype, self.option)
         if self.family == "combine":
@@ -44,6 +46,8 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         tile = self.tile
+        if self.family == "append":
+            return "-".join([self.family, str(self.dtype).removeprefix("torch."), *["paged"] * self.option])
         # dQ has no D_v
         parts = [self.family, f"d{tile.D}"] + [f"dv{tile.D_v}"] * (tile.D_v != tile.D and self.family != "postprocess")
         if self.family in ("forward", "backward"):
@@ -73,6 +77,8 @@ def entries() -> dict[str, Entry]:
         found += [Entry("backward", tile, dtype, False), Entry("postprocess", tile, dtype, False)]
         found += [Entry("preprocess", tile, dtype, dlse) for dlse in (False, True)]
         found += [Entry("merge", tile, dtype, False)] * (tile.form == "split")
+    # Any size: the tile says nothing of it
+    found += [Entry("append", next(iter(config.FORWARD.values())), dtype, paged) for dtype in DTYPES for paged in (False, True)]
     unique: dict[str, Entry] = {}
     for entry in found:
         unique.setdefault(str(entry), entry)

@@ -29,7 +29,8 @@ def test_names_are_unique():
     before = {(tile.D, tile.D_v, tile.block_M, tile.form == "packed") for tile in config.BACKWARD.values()}
     after = {(tile.D, tile.block_M, tile.form == "packed") for tile in config.BACKWARD.values()}
     around = 2 * len(before) + len(after) + len({(tile.D, tile.D_v) for tile in config.BACKWARD.values()})
-    assert len(set(names)) == 2 * (forwards + merging + len(config.BACKWARD) + around)
+    appending = 2
+    assert len(set(names)) == 2 * (forwards + merging + len(config.BACKWARD) + around + appending)
 
 
 def test_every_forward_is_in_the_catalogue():
@@ -47,7 +48,7 @@ def test_every_backward_is_in_the_catalogue():
 def test_every_program_of_the_operators_is_in_the_catalogue():
     """What they build is a name and its arguments: a mask with a tile of its own would need a preprocess of its own in the catalogue."""
     pytest.importorskip("tilelang", reason="no tilelang here: the kernels were not lowered")
-    from gqa_autograd.kernels import backward_launch, forward_launch
+    from gqa_autograd.kernels import backward_launch, cache, forward_launch
 
     wanted = set()
     for dtype in (torch.bfloat16, torch.float16):
@@ -55,6 +56,7 @@ def test_every_program_of_the_operators_is_in_the_catalogue():
             programs = [forward_launch.program(tile, dtype, option or tile.form == "split") for tile in config.FORWARD.values()]
             programs += [forward_launch.combine_program(D_v, dtype, option) for _, D_v in config.D_FORWARD]
             programs += [program for tile in config.BACKWARD.values() for program in backward_launch.programs(tile, dtype, option)]
+            programs.append(cache.program(dtype, option))
             wanted |= {(program.name, program.configuration) for program in programs}
     found = [(program.name, program.configuration) for program in (entry.program for entry in catalogue.entries().values())]
     assert set(found) == wanted
