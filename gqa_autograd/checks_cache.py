@@ -29,7 +29,7 @@ def cache_append(
         _integers(function, "page_table", page_table, 2, "[B, entries]", k_cache)
         _shape(function, "page_table", page_table, (B, page_table.shape[1]))
     if _readable(cache_seqlens) and (page_table is None or _readable(page_table)):
-        _values(function, cache_seqlens.tolist(), S_new, *whole, None if page_table is None else page_table.tolist())
+        _values(function, cache_seqlens.tolist(), S_new, whole, None if page_table is None else page_table.tolist())
 
 
 def _tensors(function: str, k_cache: Tensor, v_cache: Tensor, k_new: Tensor, v_new: Tensor) -> None:
@@ -45,9 +45,13 @@ def _tensors(function: str, k_cache: Tensor, v_cache: Tensor, k_new: Tensor, v_n
     if k_cache.dtype not in kinds:
         raise TypeError(f"{function}: k_cache must be {', '.join(map(_name, kinds))}, got {_name(k_cache.dtype)}")
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
-        stride, size = t.stride(3), t.shape[3]
-        # In place: a cache can't be copied to lie otherwise. Compared with a size of 1, strides mean nothing
-        _size((size < 2) | (stride == 1), lambda name=name, stride=stride: f"{function}: {name} must have stride 1 along D, got {stride}")
+        _inner_stride(function, name, t)
+
+
+def _inner_stride(function: str, name: str, t: Tensor) -> None:
+    """In place: a cache can't be copied to lie otherwise."""
+    stride = t.stride(3)
+    _size(stride == 1, lambda: f"{function}: {name} must have stride 1 along D, got {stride}")
 
 
 def _shape(function: str, name: str, t: Tensor, shape: tuple) -> None:
@@ -64,8 +68,9 @@ def _integers(function: str, name: str, t: Tensor, dims: int, layout: str, k_cac
         raise TypeError(f"{function}: {name} must be int32, got {_name(t.dtype)}")
 
 
-def _values(function: str, lengths: list[int], S_new: int, blocks: int, rows: int, tables: list[list[int]] | None) -> None:
+def _values(function: str, lengths: list[int], S_new: int, whole: tuple, tables: list[list[int]] | None) -> None:
     """Page -1 is no page, and so no mistake: tokens of a place in the batch that is not in use go nowhere."""
+    blocks, rows = whole
     for b, length in enumerate(lengths):
         if length < 0:
             raise ValueError(f"{function}: cache_seqlens must be at least 0, got {length} for sequence {b}")

@@ -6,7 +6,6 @@ compiled step keeps none (docs/design/0008-caches.md)."""
 import functools
 
 import torch
-from torch import Tensor
 from torch.library import register_fake
 
 from . import checks_cache

@@ -7,8 +7,7 @@ from torch import Tensor
 
 
 class Append(NamedTuple):
-    """A call: sequences of `lengths` tokens get S_new more. tables: None, or the pages of each sequence; P pages of S_page rows, else `rows`
-    rows a sequence."""
+    """A call: sequences of `lengths` tokens get S_new more. `rows` of each sequence, or, where `tables` says which each has, of P pages."""
 
     lengths: tuple[int, ...]
     S_new: int

@@ -33,10 +33,7 @@ def build(dtype, paged):
             if token < S_new and length >= 0 and length <= entries * rows - 1 - token:
                 row = length + token
                 into = T.alloc_var("int32")
-                if paged:
-                    into = Table[b, T.truncdiv(row, rows)]
-                else:
-                    into = b
+                into = Table[b, T.truncdiv(row, rows)] if paged else b
                 if into >= 0 and into < blocks:
                     for first in T.serial(T.ceildiv(size, COLUMNS)):
                         for j in T.Parallel(COLUMNS):

@@ -15,7 +15,7 @@ def places(cache_seqlens: Tensor, S_new: int, blocks: int, rows: int, page_table
     if page_table is None:
         block = torch.arange(row.shape[0], device=row.device)[:, None].expand_as(row)
         return block, row, counted & (row < rows)
-    B, entries = page_table.shape
+    entries = page_table.shape[1]
     inside = counted & (row < entries * rows)
     page = page_table.new_full(row.shape, -1)
     if entries > 0 and rows > 0:
@@ -25,7 +25,7 @@ def places(cache_seqlens: Tensor, S_new: int, blocks: int, rows: int, page_table
 
 def append(k_cache: Tensor, v_cache: Tensor, k_new: Tensor, v_new: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> None:
     """Writes k_new and v_new [B, S_new, H_kv, D] to their places. Of two tokens with one place, any may stay."""
-    block, row, placed = places(cache_seqlens, k_new.shape[1], *k_cache.shape[:2], page_table)
+    block, row, placed = places(cache_seqlens, k_new.shape[1], k_cache.shape[0], k_cache.shape[1], page_table)
     block, row = block[placed], row[placed]
     for cache, new in ((k_cache, k_new), (v_cache, v_new)):
         cache[block, row] = new[placed]
