@@ -61,6 +61,21 @@ def _packed_backward_flops(
     return 2 * H_q * pairs * (3 * D + 2 * v.shape[2])
 
 
+def decode_pairs(S_q: int, capacity: int, cache_seqlens: Tensor, window_left: int = -1, window_right: int = -1) -> int:
+    """visible_pairs summed over the sequences of a cache; their upper bound, full caches, where nobody knows the lengths."""
+    if not (type(cache_seqlens) is Tensor and cache_seqlens.device.type == "cpu"):
+        return cache_seqlens.shape[0] * visible_pairs(S_q, capacity, window_left, window_right)
+    return sum(visible_pairs(S_q, length, window_left, window_right) for length in cache_seqlens.tolist())
+
+
+def _decode_flops(
+    q, k_cache, v_cache, cache_seqlens, page_table=None, window_left=-1, window_right=-1, *args, out_val=None, **kwargs
+) -> int:
+    _, S_q, H_q, D = q.shape
+    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    return 4 * H_q * D * decode_pairs(S_q, capacity, cache_seqlens, window_left, window_right)
+
+
 def register(forward: list, backward: list) -> None:
     """Tell torch.utils.flop_counter; the targets are operator packets, torch.ops.gqa_autograd.attention_fwd and so on."""
     register_flop_formula(forward)(_forward_flops)
@@ -71,3 +86,8 @@ def register_varlen(forward: list, backward: list) -> None:
     """The same for packed sequences, whose formulas are handed the tensors and not their shapes alone."""
     register_flop_formula(forward, get_raw=True)(_packed_forward_flops)
     register_flop_formula(backward, get_raw=True)(_packed_backward_flops)
+
+
+def register_decode(forward: list) -> None:
+    """The same for decoding, which has no backward."""
+    register_flop_formula(forward, get_raw=True)(_decode_flops)

@@ -33,6 +33,17 @@ def attention_bwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def attention_decode_fwd(q: Tensor) -> Tensor:
+    """out [B, S_q, H_q, D], contiguous, in q.dtype."""
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def attention_decode_fwd_lse(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out as attention_decode_fwd; lse [B, H_q, S_q], contiguous, natural logarithm."""
+    B, S_q, H_q, _ = q.shape
+    return attention_decode_fwd(q), q.new_empty((B, H_q, S_q), dtype=lse_dtype(q))
+
+
 def attention_varlen_fwd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """out [T_q, H_q, D_v], contiguous, in q.dtype."""
     T_q, H_q, _ = q.shape

@@ -17,8 +17,8 @@ from torch._C import (
 from torch.autograd import _profiler_enabled, forward_ad, profiler
 from torch.compiler import is_compiling
 
-# Allocates the outputs and launches, given q, k and v of its kind. It keeps no tensor, and asks for stream and device itself
-Plan = Callable[[Tensor, Tensor, Tensor], Any]
+# Allocates the outputs and launches, given the tensors of its kind. It keeps no tensor, and asks for stream and device itself
+Plan = Callable[..., Any]
 
 # Lengths that change from call to call make a plan each: one is about 2 kB
 LIMIT = 1024
@@ -53,10 +53,7 @@ def planned(q, k, v, causal, scale, softcap, window, deterministic, with_lse: bo
         return None
     if (is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)) or watched():
         return None
-    # Equal is not enough for a key, True == 1 == 1.0
-    if not (type(window) is tuple and len(window) == 2 and type(window[0]) is type(window[1]) is int):
-        return None
-    if not (type(scale) in _NUMBERS and type(softcap) in _NUMBERS and type(deterministic) in _FLAGS):
+    if not (numbers(window, scale, softcap) and type(deterministic) in _FLAGS):
         return None
     try:
         a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -66,6 +63,25 @@ def planned(q, k, v, causal, scale, softcap, window, deterministic, with_lse: bo
         return get(kind(q, k, v, a | b | c, window[0], 0 if causal else window[1], scale, softcap, with_lse))
     except RuntimeError:
         return None
+
+
+def any_plan() -> bool:
+    return bool(_plans)
+
+
+def numbers(window, scale, softcap) -> bool:
+    """Are these of the types that an ordinary call has? Equal is not enough for a key, True == 1 == 1.0."""
+    if not (type(window) is tuple and len(window) == 2 and type(window[0]) is type(window[1]) is int):
+        return False
+    return type(scale) in _NUMBERS and type(softcap) in _NUMBERS
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Is each no more than its memory? Sparse, zero, wrapped or nested tensors have no address or shape, and a view may negate."""
+    try:
+        return all(t.data_ptr() and not t.is_neg() for t in tensors)
+    except RuntimeError:
+        return False
 
 
 def watched() -> bool:

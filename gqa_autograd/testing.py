@@ -21,7 +21,8 @@ from . import checks, functional, meta
 from .reference import attention as reference
 
 _SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
-_ALLOCATORS = tuple(f"attention_{name}" for name in ("fwd", "fwd_lse", "bwd", "varlen_fwd", "varlen_fwd_lse", "varlen_bwd"))
+_OPERATORS = ("fwd", "fwd_lse", "bwd", "varlen_fwd", "varlen_fwd_lse", "varlen_bwd", "decode_fwd", "decode_fwd_lse")
+_ALLOCATORS = tuple(f"attention_{name}" for name in _OPERATORS)
 # Float64 scores of one chunk of heads and the temporaries made of them stay below this
 _CHUNK_BYTES = 3 * 2**30
 
