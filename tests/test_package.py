@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "reference": {"reference"},
     "support": {"functional", "ops", "ops_varlen", "checks", "(kernels)"},
     "testing": {"reference", "functional", "meta", "checks"},
+    "testing_decode": {"testing", "reference", "checks"},
     "testing_varlen": {"testing", "functional", "checks"},
 }
 

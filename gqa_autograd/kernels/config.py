@@ -42,6 +42,22 @@ class Backward(NamedTuple):
     stages: int
 
 
+class Decode(NamedTuple):
+    """Tile of the decode kernel: 64 rows (query and head of the group) by block_N keys, which come in boxes of `box`, through rings of
+    k_stages and v_stages buffers; blocks_per_sm of them share a multiprocessor. form: "dense", "paged", or "small" for pages below `box` of
+    "paged" (decode.py). Masks are run-time values. skip_rescale as above."""
+
+    D: int
+    softcap: bool
+    form: str
+    block_N: int
+    box: int
+    k_stages: int
+    v_stages: int
+    blocks_per_sm: int
+    skip_rescale: bool
+
+
 # (D, D_v): (block_M, block_N) for causal, full and window; with a softcap, which needs registers, for any mask; for a window with a
 # softcap; own_staging, skip_rescale, early_wait
 _FORWARD = {
@@ -77,6 +93,16 @@ BACKWARD = {
     (*sizes, mask, softcap, form): Backward(*sizes, mask, softcap, form, *blocks[softcap or form == "packed"], 2)
     for sizes, blocks in _BACKWARD.items()
     for mask, softcap, form in itertools.product(MASKS, (False, True), FORMS)
+}
+# D: block_N, k_stages, v_stages, blocks_per_sm, skip_rescale. Of 228 KB a multiprocessor: 104 KB a block at D 64, 96 at 128, 224 at 256
+_DECODE: dict[int, tuple[int, int, int, int, bool]] = {64: (128, 3, 3, 2, True), 128: (64, 3, 2, 2, True), 256: (64, 3, 3, 1, True)}
+DECODE_FORMS = ("dense", "paged", "small")
+# Keys of a box: a page has one at least
+_BOX = {"dense": 64, "paged": 64, "small": 16}
+DECODE = {
+    (D, softcap, form): Decode(D, softcap, form, tile[0], _BOX[form], *tile[1:])
+    for D, tile in _DECODE.items()
+    for softcap, form in itertools.product((False, True), DECODE_FORMS)
 }
 D_FORWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in FORWARD}))
 D_BACKWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in BACKWARD}))
@@ -119,6 +145,32 @@ def parts(tile: Forward, S_q: int, S_kv: int, H_q: int, window: tuple[int, int],
     # explain also asks about a call without queries
     tiles = max(1, -(-S_q // tile.block_M) * H_q)
     return max(1, min(multiprocessors // tiles, seen // (_SMALLEST_PART * tile.block_N)))
+
+
+def decode(function: str, D: int, S_page: int | None, softcap: float) -> Decode:
+    """The tile of a decode call, whose cache has pages of S_page keys, or none; NotImplementedError names what there is."""
+    form = "dense" if S_page is None else "paged" if S_page >= _BOX["paged"] else "small"
+    tile = DECODE.get((int(D), softcap > 0, form))
+    if tile is None:
+        raise NotImplementedError(f"{function}: D on CUDA must be one of {tuple(_DECODE)}, got {int(D)}")
+    return tile
+
+
+# A thread block of a decode call does at least so many tiles: fewer would not pay for the merging
+_FEWEST_TILES = 2
+# They are counted in 32 bits
+_MOST_TILES = 2**30
+
+
+def decode_blocks(tile: Decode, B: int, S_q: int, H_q: int, H_kv: int, capacity: int, multiprocessors: int) -> tuple[int, int]:
+    """(thread blocks, the fewest tiles of one), from what the cache can hold: the lengths are known on the device only."""
+    units = B * H_kv * max(1, -(-S_q * (H_q // H_kv) // 64))
+    most = units * max(1, -(-capacity // tile.block_N))
+    if most >= _MOST_TILES:
+        raise NotImplementedError(
+            f"attention_decode: B H_kv S_q capacity on CUDA must be below {_MOST_TILES} tiles of 64 rows by {tile.block_N} keys, got {most}"
+        )
+    return max(1, min(multiprocessors * tile.blocks_per_sm, -(-most // _FEWEST_TILES))), _FEWEST_TILES
 
 
 def sides(mask: str, window: tuple[int, int], far: int) -> tuple[int, int]:

@@ -154,6 +154,12 @@ EMU_INLINE T atomicAdd(T* address, T value) {
   *address = before + value;
   return before;
 }
+// Thread blocks run one after another, so whatever a block wrote is there for the next
+EMU_INLINE void __threadfence() {}
+template <class T>
+EMU_INLINE T __ldcg(const T* address) {
+  return *address;
+}
 // TileLang's names. The wide ones are atomic element by element
 template <class T, class V>
 EMU_INLINE void AtomicAdd(T* address, V value) {

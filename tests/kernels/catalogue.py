@@ -24,20 +24,22 @@ KERNELS = Path(config.__file__).parent
 
 
 class Entry(NamedTuple):
-    """One kernel: family (forward, combine; backward, preprocess, postprocess, merge; append), tile, dtype, and has it the family's option
-    (LSE, dLSE, pages)?"""
+    """One kernel: family (forward, combine; decode, append; backward, preprocess, postprocess, merge), tile, dtype, and has it the family's
+    option (LSE, dLSE, pages)?"""
 
     family: str
-    tile: config.Forward | config.Backward
+    tile: config.Forward | config.Backward | config.Decode
     dtype: torch.dtype
     option: bool
 
     @property
     def program(self):
-        from gqa_autograd.kernels import backward_launch, cache, forward_launch
+        from gqa_autograd.kernels import backward_launch, cache, decode_launch, forward_launch
 
         if self.family == "append":
             return cache.program(self.dtype, self.option)
+        if self.family == "decode":
+            return decode_launch.program(self.tile, self.dtype)
         if self.family == "forward":
             return forward_launch.program(self.tile, self.dtype, self.option)
         if self.family == "combine":
@@ -48,6 +50,8 @@ class Entry(NamedTuple):
         tile = self.tile
         if self.family == "append":
             return "-".join([self.family, str(self.dtype).removeprefix("torch."), *["paged"] * self.option])
+        if self.family == "decode":
+            return "-".join(["decode", f"d{tile.D}", *["softcap"] * tile.softcap, tile.form, str(self.dtype).removeprefix("torch.")])
         # dQ has no D_v
         parts = [self.family, f"d{tile.D}"] + [f"dv{tile.D_v}"] * (tile.D_v != tile.D and self.family != "postprocess")
         if self.family in ("forward", "backward"):
@@ -79,6 +83,7 @@ def entries() -> dict[str, Entry]:
         found += [Entry("merge", tile, dtype, False)] * (tile.form == "split")
     # Any size: the tile says nothing of it
     found += [Entry("append", next(iter(config.FORWARD.values())), dtype, paged) for dtype in DTYPES for paged in (False, True)]
+    found += [Entry("decode", tile, dtype, False) for tile, dtype in itertools.product(config.DECODE.values(), DTYPES)]
     unique: dict[str, Entry] = {}
     for entry in found:
         unique.setdefault(str(entry), entry)
@@ -88,6 +93,8 @@ def entries() -> dict[str, Entry]:
 def axes(entry: Entry) -> dict[str, Any]:
     """What is static in a kernel, by name. The mask is none of the axes where the kernel doesn't depend on it."""
     tile = entry.tile
+    if entry.family == "decode":
+        return {"dtype": entry.dtype, "D": tile.D, "softcap": tile.softcap, "form": tile.form}
     found = {"dtype": entry.dtype, "option": entry.option, "sizes": (tile.D, tile.D_v), "block_M": tile.block_M}
     if entry.family in ("forward", "backward"):
         return found | {"mask": tile.mask, "softcap": tile.softcap, "form": tile.form}

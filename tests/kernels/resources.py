@@ -27,6 +27,8 @@ DATA = Path(__file__).with_name("resources.jsonl")
 WARPGROUP = 128
 # The kernels with products and with warpgroups of several kinds; the other two only read, add and write
 MAIN = ("forward", "backward")
+# Those with products
+PRODUCTS = (*MAIN, "decode")
 
 
 class Resources(NamedTuple):
@@ -120,13 +122,14 @@ def broken(family: str, source: str, found: Resources | None) -> list[str]:
     rules = [(n % 8 == 0 and 24 <= n <= 256, f"setmaxnreg {n}: must be a multiple of 8 from 24 to 256") for n in sorted(set(asked))]
     if family in MAIN:
         rules.append((len(asked) == warpgroups, f"setmaxnreg {asked}: must be one call for each of {warpgroups} warpgroups"))
+    if family in PRODUCTS:
         rules.append((_products(source) > 0, "products 0: no wgmma in the source"))
     if found is not None:
         launched = found.registers * warpgroups
         rules.append((found.spilled == 0, f"spilled {found.spilled} bytes: must be 0"))
         rules.append((not found.remarks, f"remarks {found.remarks}: ptxas must have none on wgmma or setmaxnreg"))
         rules.append((found.asked <= launched, f"asked {found.asked}: more registers than the {launched} of the launch, it would hang"))
-        rules.append((family not in MAIN or found.hgmma != 0, "hgmma 0: no HGMMA in the SASS"))
+        rules.append((family not in PRODUCTS or found.hgmma != 0, "hgmma 0: no HGMMA in the SASS"))
     return [text for holds, text in rules if not holds]
 
 

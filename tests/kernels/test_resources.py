@@ -96,7 +96,7 @@ def test_hgmma_was_counted_for_some_compiler():
     counted = {nvcc for nvcc, _, count in rows if count is not None}
     assert counted
     assert [row for row in rows if (row[2] is not None) != (row[0] in counted)] == []
-    assert [row for row in rows if row[1] in resources.MAIN and row[2] == 0] == []
+    assert [row for row in rows if row[1] in resources.PRODUCTS and row[2] == 0] == []
 
 
 RULES = {
