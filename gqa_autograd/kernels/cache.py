@@ -75,7 +75,8 @@ def executable(dtype: torch.dtype, paged: bool) -> Callable:
 def launch(k_cache: Tensor, v_cache: Tensor, k_new: Tensor, v_new: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> None:
     """Writes the tokens that have a place. Allocates nothing but a copy of k_new or v_new that does not have stride 1 along D."""
     device.require_hopper("cache_append_", k_cache.device)
-    if k_new.numel() + v_new.numel() == 0 or k_cache.numel() + v_cache.numel() == 0:
+    tables = 1 if page_table is None else page_table.numel()
+    if 0 in (k_new.numel() + v_new.numel(), k_cache.numel() + v_cache.numel(), tables):
         return
     k_new, v_new = (_rows(t) for t in (k_new, v_new))
     lengths = cache_seqlens.contiguous()
