@@ -50,7 +50,7 @@ def attention_decode(
     given = (q, k_cache, v_cache, cache_seqlens, page_table, causal, scale, softcap, window)
     if run := ops_decode.planned(*given, False):
         return run(q, k_cache, v_cache, cache_seqlens, page_table)
-    return ops.run(ops_decode.attention_decode_fwd, *_settle("attention_decode", *given))
+    return ops.run(ops_decode.attention_decode_fwd, *settle("attention_decode", *given))
 
 
 def attention_decode_with_lse(
@@ -76,10 +76,10 @@ def attention_decode_with_lse(
     given = (q, k_cache, v_cache, cache_seqlens, page_table, causal, scale, softcap, window)
     if run := ops_decode.planned(*given, True):
         return run(q, k_cache, v_cache, cache_seqlens, page_table)
-    return ops.run(ops_decode.attention_decode_fwd_lse, *_settle("attention_decode", *given))
+    return ops.run(ops_decode.attention_decode_fwd_lse, *settle("attention_decode", *given))
 
 
-def _settle(function, q, k_cache, v_cache, cache_seqlens, page_table, causal, scale, softcap, window) -> tuple:
+def settle(function, q, k_cache, v_cache, cache_seqlens, page_table=None, causal=True, scale=None, softcap=0, window=(-1, -1)) -> tuple:
     """The arguments of the operators."""
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     checks.tensors(function, **tensors, cache_seqlens=cache_seqlens, **({} if page_table is None else {"page_table": page_table}))

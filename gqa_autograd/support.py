@@ -7,17 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, functional, ops, ops_varlen
+from . import checks, functional, functional_decode, ops, ops_decode, ops_varlen
+from .support_decode import warm_decode
 
 
 class Support(NamedTuple):
-    """One row of `supported()`. Head sizes are pairs (D, D_v); None stands for any. Of what the forward has, `backward` names the part that
-    gradients have too."""
+    """One row of `supported()`. Head sizes are pairs (D, D_v), of attention_decode D; None stands for any. Of what the forward has,
+    `backward` names the part that gradients have too."""
 
     device: str
     dtypes: tuple[torch.dtype, ...]
     D_forward: tuple[tuple[int, int], ...] | None
     D_backward: tuple[tuple[int, int], ...] | None
+    D_decode: tuple[int, ...] | None
     forward: tuple[str, ...]
     backward: tuple[str, ...]
     body: str
@@ -42,8 +44,8 @@ FEATURES = ("causal", "window", "softcap", "deterministic", "varlen")
 
 
 def supported() -> tuple[Support, ...]:
-    """What `attention`, and by the feature "varlen" `attention_varlen`, compute, a row for each kind of device; everything else raises
-    NotImplementedError or TypeError there.
+    """What `attention`, by the feature "varlen" `attention_varlen`, and with D_decode `attention_decode` compute, a row for each kind of
+    device; everything else raises NotImplementedError or TypeError there.
 
     Lengths, head counts with H_q a multiple of H_kv, strides and finite scales are free on every device.
 
@@ -53,8 +55,8 @@ def supported() -> tuple[Support, ...]:
     from .kernels import config
 
     return (
-        Support("cpu", checks.CPU_DTYPES, None, None, FEATURES, FEATURES, REFERENCE),
-        Support("cuda (sm_90)", checks.CUDA_DTYPES, config.D_FORWARD, config.D_BACKWARD, FEATURES, FEATURES, KERNEL),
+        Support("cpu", checks.CPU_DTYPES, None, None, None, FEATURES, FEATURES, REFERENCE),
+        Support("cuda (sm_90)", checks.CUDA_DTYPES, config.D_FORWARD, config.D_BACKWARD, config.D_DECODE, FEATURES, FEATURES, KERNEL),
     )
 
 
@@ -65,6 +67,7 @@ def explain(
     *,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
     return_lse: bool = False,
     **options,
 ) -> Explanation:
@@ -73,11 +76,14 @@ def explain(
     Args:
         q, k, v, options: as for `attention`; grad mode and requires_grad count as they do there.
         cu_seqlens_q, cu_seqlens_k: explain `attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)` instead.
+        cache_seqlens: explain `attention_decode(q, k, v, cache_seqlens, **options)` instead; options may have a page_table.
         return_lse: explain `attention_with_lse`, or `attention_varlen_with_lse`, instead.
     Returns: Explanation, whose str() is one readable line. form="split" in a tile: the keys of a tile go to several blocks, since the
         queries alone would not fill the device; asked of tensors on a GPU, since it depends on its size.
     Raises: what the call would raise, with the same message.
     """
+    if cache_seqlens is not None:
+        return _explain_decode(q, k, v, cache_seqlens, return_lse, **options)
     if cu_seqlens_q is None and cu_seqlens_k is None:
         prefix = "attention"
         q, k, v, settings = functional.settle(prefix, q, k, v, **options)
@@ -104,6 +110,7 @@ def warmup(
     window: bool = False,
     softcap: bool = False,
     varlen: bool = False,
+    decode: bool = False,
     backward: bool = True,
     device: torch.device | str | int | None = None,
 ) -> int:
@@ -113,7 +120,8 @@ def warmup(
     Args:
         D: head size or sizes. dtype: float16, bfloat16 or both. D_v: the head size of v, that of q and k when None.
         causal: None for both masks. window: the kernels for a sliding window instead. softcap: those with a softcap.
-        varlen: the kernels of `attention_varlen` instead.
+        varlen: the kernels of `attention_varlen` instead. decode: those of `attention_decode`, for a dense cache and for pages of any size,
+            which serve any mask and have no backward.
         backward: also what training needs.
         device: a CUDA device: each kernel is launched there once, which a graph capture needs. None only builds; no GPU is needed.
     Returns: how many kernels this process has by now. They stay in TileLang's disk cache, TILELANG_CACHE_DIR.
@@ -123,6 +131,9 @@ def warmup(
 
     sizes = (D,) if isinstance(D, int) else tuple(D)
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    if decode:
+        warm_decode(sizes, dtypes, softcap, device)
+        return build.built()
     # Any window has the same kernel; this one is wide enough for its keys to be split
     masks: list[dict[str, Any]] = (
         [{"window": (_LONG, 0)}] if window else [{"causal": c} for c in ((True, False) if causal is None else (causal,))]
@@ -138,6 +149,15 @@ def warmup(
         if device is not None:
             _launch(configuration, torch.device(device))
     return build.built()
+
+
+def _explain_decode(q, k_cache, v_cache, cache_seqlens, return_lse, page_table=None, **options) -> Explanation:
+    settled = functional_decode.settle("attention_decode", q, k_cache, v_cache, cache_seqlens, page_table, **options)
+    q, s = settled[0], ops_decode.Settings(*settled[5:])
+    ops_decode.checked(q, k_cache, v_cache, cache_seqlens, page_table, s)
+    tile = ops_decode.tile(q, k_cache, page_table, s)
+    name = "attention_decode_fwd_lse" if return_lse else "attention_decode_fwd"
+    return Explanation((name,), REFERENCE if tile is None else KERNEL, tile, None)
 
 
 def _as_launched(forward: Any, backward: Any, q: Tensor, k: Tensor, s: ops.Settings) -> tuple:

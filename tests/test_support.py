@@ -30,6 +30,7 @@ def test_readme_lists_what_is_supported():
         assert row.forward == support.FEATURES
         cells = [name, ", ".join(map(short.get, row.dtypes)), sizes(row.D_forward), sizes(row.D_backward)]
         cells += ["yes" if feature in row.backward else "forward only" for feature in support.FEATURES]
+        cells.append("any" if row.D_decode is None else ", ".join(map(str, row.D_decode)))
         assert f"| {' | '.join(cells)} |" in README
 
 

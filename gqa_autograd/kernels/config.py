@@ -104,6 +104,7 @@ DECODE = {
     for D, tile in _DECODE.items()
     for softcap, form in itertools.product((False, True), DECODE_FORMS)
 }
+D_DECODE = tuple(_DECODE)
 D_FORWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in FORWARD}))
 D_BACKWARD = tuple(sorted({(D, D_v) for D, D_v, *_ in BACKWARD}))
 
@@ -152,7 +153,7 @@ def decode(function: str, D: int, S_page: int | None, softcap: float) -> Decode:
     form = "dense" if S_page is None else "paged" if S_page >= _BOX["paged"] else "small"
     tile = DECODE.get((int(D), softcap > 0, form))
     if tile is None:
-        raise NotImplementedError(f"{function}: D on CUDA must be one of {tuple(_DECODE)}, got {int(D)}")
+        raise NotImplementedError(f"{function}: D on CUDA must be one of {D_DECODE}, got {int(D)}")
     return tile
 
 

@@ -2,7 +2,9 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,28 +92,40 @@ def _workspace(q: Tensor, blocks: int, rows: int) -> Tensor:
     return q.new_empty((2 * blocks, rows, q.shape[3] + TAIL), dtype=torch.float32)
 
 
-@functools.cache
-def _arena(index: int) -> tuple[tuple[Tensor, ...], "itertools.count[int]"]:
-    """The counters of a device, 0 between launches: a row for each stream's launches, then one for each captured launch. Waits once, so
-    that no stream comes before they are cleared."""
-    where = torch.device("cuda", index)
-    most = device.multiprocessors(where) * max(cfg.blocks_per_sm for cfg in config.DECODE.values())
-    rows = torch.zeros((device.SLOTS + CAPTURED, most), dtype=torch.int32, device=where).unbind()
-    torch.cuda.synchronize(where)
-    return rows, itertools.count(device.SLOTS)
+class _Arena(NamedTuple):
+    """The counters of a device, 0 between launches: a row for each stream's launches, then one for each captured launch."""
+
+    rows: tuple[Tensor, ...]
+    captured: Iterator[int]
+
+
+_arenas: dict[int, _Arena] = {}
+_lock = threading.Lock()
+
+
+def _arena(index: int) -> _Arena:
+    """Made once, and waited for, so that no stream comes before it is cleared."""
+    with _lock:
+        if index not in _arenas:
+            where = torch.device("cuda", index)
+            most = device.multiprocessors(where) * max(cfg.blocks_per_sm for cfg in config.DECODE.values())
+            rows = torch.zeros((device.SLOTS + CAPTURED, most), dtype=torch.int32, device=where)
+            torch.cuda.synchronize(where)
+            _arenas[index] = _Arena(rows.unbind(), itertools.count(device.SLOTS))
+        return _arenas[index]
 
 
 def _counters(index: int, q: Tensor, blocks: int) -> Tensor:
     """Counters that are 0, of which no launch that runs at the same time has one. Two replays of different graphs may run at the same time,
     two of one graph may not: so each captured launch keeps its own for ever."""
-    slot = device.slot(index)
+    slot, arena = device.slot(index), _arenas.get(index)
     if slot < 0:
-        # During a capture the arena could not be made: its clearing would become a part of the graph
-        if torch.cuda.is_current_stream_capturing() and _arena.cache_info().currsize:
-            slot = next(_arena(index)[1])
+        # During a capture an arena could not be made: its clearing would become a part of the graph
+        if arena is not None and torch.cuda.is_current_stream_capturing():
+            slot = next(arena.captured)
         if not 0 <= slot < device.SLOTS + CAPTURED:
             return torch.zeros(blocks, dtype=torch.int32, device=q.device)
-    return _arena(index)[0][slot]
+    return (arena or _arena(index)).rows[slot]
 
 
 def _nothing(q, k_cache, v_cache, cache_seqlens, page_table, out, lse) -> None:
