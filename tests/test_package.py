@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "plans": set(),
     "reference": {"reference"},
     "support": {"functional", "functional_decode", "ops", "ops_decode", "ops_varlen", "checks", "support_decode", "(kernels)"},
-    "support_decode": {"functional_decode", "checks", "(kernels)"},
+    "support_decode": {"functional_decode", "ops_cache", "checks", "(kernels)"},
     "testing": {"reference", "functional", "meta", "checks"},
     "testing_decode": {"testing", "reference", "checks"},
     "testing_varlen": {"testing", "functional", "checks"},
