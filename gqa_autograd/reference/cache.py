@@ -9,8 +9,8 @@ from torch import Tensor
 
 def places(cache_seqlens: Tensor, S_new: int, blocks: int, rows: int, page_table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(block, row, has it a place?), each [B, S_new], of a cache [blocks, rows, H_kv, D]: blocks are sequences, or pages with a table."""
-    # int64: a length near 2^31 must not wrap around to a row
-    row = cache_seqlens.long()[:, None] + torch.arange(S_new, device=cache_seqlens.device)
+    # arange makes it int64: a length near 2^31 must not wrap around to a row
+    row = cache_seqlens[:, None] + torch.arange(S_new, device=cache_seqlens.device)
     counted = cache_seqlens[:, None] >= 0
     if page_table is None:
         block = torch.arange(row.shape[0], device=row.device)[:, None].expand_as(row)
