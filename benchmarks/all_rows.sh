@@ -36,11 +36,14 @@ part() {
         bwd-lengths) rows backward 2 --cases lengths --against cudnn fa2 ;;                  # 60
         bwd-heads) rows backward 4 --cases head-sizes --against cudnn ;;                     # 50
         bwd-window) rows backward 2 --cases masked-training --against fa2 flex ;;            # 105, most of it torch.compile
+        decode) rows decode 4 --cases decode-peers decode-models decode-queries --against cudnn fa2 --metric cold busy ;; # 150
+        decode-paged) rows decode 4 --cases decode-peers decode-queries --against ours-page16 ours-page128 --metric cold ;; # 30
+        decode-tiny) rows decode 4 --cases decode-tiny --against cudnn fa2 --metric host cold ;; # 5
         *) echo "all_rows.sh: no part $1" >&2 && exit 2 ;;
     esac
 }
 
-for name in "${@:-peers fp16 varlen small lengths window heads tiny bwd-peers bwd-fp16 bwd-varlen bwd-small bwd-lengths bwd-heads bwd-window}"; do
+for name in "${@:-peers fp16 varlen small lengths window heads tiny bwd-peers bwd-fp16 bwd-varlen bwd-small bwd-lengths bwd-heads bwd-window decode decode-paged decode-tiny}"; do
     for one in $name; do part "$one"; done
 done
 exit $status

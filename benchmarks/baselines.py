@@ -190,7 +190,7 @@ CONTESTANTS: dict[str, Callable[..., Contestant]] = {
     "fla": _differentiable(optional.fla),
 }
 # Ours in another form: only where one asks for it
-VARIANTS = ("ours-lse", "ours-det", "ours-dense")
+VARIANTS = ("ours-lse", "ours-det", "ours-dense", "ours-page16", "ours-page128")
 PEERS = tuple(name for name in CONTESTANTS if name != "ours" and name not in VARIANTS)
 
 

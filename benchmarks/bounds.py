@@ -11,11 +11,11 @@ PEAK_TBPS = 4.8
 
 
 def flops(case: Case | Pack, op: str) -> int:
-    """Forward: two products, 2 (D + D_v) FLOPs a visible pair and query head; backward: five, 2 (3 D + 2 D_v)."""
+    """Forward and decode: two products, 2 (D + D_v) FLOPs a visible pair and query head; backward: five, 2 (3 D + 2 D_v)."""
     if isinstance(case, Pack):
         return sum(flops(document, op) for document in case.documents)
     D_v = case.D if case.D_v is None else case.D_v
-    per_pair = 2 * (case.D + D_v) if op == "forward" else 2 * (3 * case.D + 2 * D_v)
+    per_pair = 2 * (3 * case.D + 2 * D_v) if op == "backward" else 2 * (case.D + D_v)
     return per_pair * case.B * case.H_q * visible_pairs(case.S_q, case.S_kv, *case.formula[:2])
 
 
@@ -30,7 +30,7 @@ def bytes_read(case: Case | Pack, op: str) -> int:
     last = case.S_kv if right < 0 else min(case.S_kv, case.S_q + offset + right)
     # With more queries than keys the first see nothing and need not be read
     rows = case.S_q if right < 0 else min(case.S_q, max(0, case.S_q + offset + right))
-    queries = case.B * rows * case.H_q * (case.D if op == "forward" else case.D + 2 * D_v)
+    queries = case.B * rows * case.H_q * (case.D + 2 * D_v if op == "backward" else case.D)
     keys = case.B * max(0, last - first) * case.H_kv * (case.D + D_v)
     return (queries + keys) * case.dtype.itemsize
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import gqa_autograd
-from gqa_autograd import testing, testing_varlen
+from gqa_autograd import testing, testing_decode, testing_varlen
 from gqa_autograd.testing import Case
+from gqa_autograd.testing_decode import DecodeCase
 
 from .baselines import Contestant
 from .packs import Pack
@@ -23,7 +24,10 @@ Results = dict[str, Tensor]
 def error_ratio(case: Case | Pack, op: str) -> float:
     """The worst tensor's error over plain PyTorch's on a short twin of the case, which must pass the closeness rule."""
     softcap = isinstance(case, Case) and case.softcap > 0
-    mine, plain, exact = _packed(case.twin, op) if isinstance(case, Pack) else _dense(case, op)
+    if isinstance(case, Case) and op == "decode":
+        mine, plain, exact = _decoded(case)
+    else:
+        mine, plain, exact = _packed(case.twin, op) if isinstance(case, Pack) else _dense(case, op)
     for name in mine:
         testing.assert_no_worse(mine[name], plain[name], exact[name], name, softcap=softcap, gradient=op == "backward")
     error = lambda x, name: (x[name].double() - exact[name]).abs().max()  # noqa: E731
@@ -46,6 +50,16 @@ def _dense(case: Case, op: str) -> tuple[Results, Results, Results]:
     return mine, testing.plain(twin, *tensors)._asdict(), testing.exact(twin, *tensors)._asdict()
 
 
+def _decoded(case: Case) -> tuple[Results, Results, Results]:
+    """Two sequences of other lengths, the longer one enough for several thread blocks to share its keys."""
+    longest = min(case.S_kv, 10 * SHORT)
+    twin = DecodeCase(case.S_q, (longest, max(1, longest // 3)), case.H_q, case.H_kv, case.D, dtype=case.dtype)
+    given = testing_decode.make(twin, "cuda")
+    with testing.poisoned():
+        mine = gqa_autograd.attention_decode(*given.arguments, **given.options)
+    return {"out": mine}, {"out": testing_decode.plain(given)}, {"out": testing_decode.exact(given)[0]}
+
+
 def _packed(twin: Pack, op: str) -> tuple[Results, Results, Results]:
     args = testing_varlen.make(twin.case, "cuda")
     q, k, v, _, *cu_seqlens = args
@@ -62,7 +76,7 @@ def _packed(twin: Pack, op: str) -> tuple[Results, Results, Results]:
 
 def results(contestant: Contestant, op: str) -> tuple[Tensor, ...]:
     """out, or dq, dk and dv, as [B, S, H, D] or packed."""
-    if op == "forward":
+    if op != "backward":
         outputs: tuple[Tensor, ...] = (contestant.forward(),)
     else:
         assert contestant.backward is not None

@@ -114,6 +114,28 @@ def graph_us(function: Function, replays: int = 10) -> list[float]:
     return [event_us(graph.replay, 1) / COPIES for _ in range(replays)]
 
 
+def cold_us(function: Function, flush: Callable[[float], None], replays: int = 30) -> list[float]:
+    """Microseconds of each replay of a CUDA graph of one call behind a flush of the L2 cache, by events around it. The flush is still at
+    work when the replay is launched; what a graph's start takes on the device is part of the time, for every contestant."""
+    stream = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    pairs = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush(300)
+        start.record()
+        graph.replay()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in pairs]
+
+
 def host_us(function: Function, calls: int = 20, batches: int = 15) -> list[float]:
     """Microseconds in which a call returns, one for each batch of calls; nothing waits for the GPU inside a batch."""
     function()

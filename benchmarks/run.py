@@ -11,6 +11,7 @@ Metrics are kept apart, each in rows of its own:
     busy   time in which kernels of the call run, from the profiler's record of each; caches flushed (the headline)
     span   from the first kernel's start to the last one's end, in the same trials
     graph  a call in a CUDA graph of 20, by events; caches not flushed
+    cold   a CUDA graph of one call, by events around its replay; caches flushed
     host   time until a call returns, GPU not waited for; an eager user's backward, through autograd
 Ours in other forms: ours-lse also writes LSE; ours-det is a backward with deterministic=True; ours-dense stands beside a pack (set varlen)
 with our dense attention on a shape of as many tokens and FLOPs, its rate its own.
@@ -20,6 +21,7 @@ A contestant that is not installed, or can't compute a shape, is named with the 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import uuid
@@ -31,7 +33,7 @@ import torch
 from gqa_autograd import testing, testing_varlen
 from gqa_autograd.testing import Case
 
-from . import baselines, bounds, cases, measure, packed, profiled
+from . import baselines, bounds, cases, decode, measure, packed, profiled
 from .baselines import Contestant
 from .gate import agreeing, error_ratio
 from .packs import Pack
@@ -40,7 +42,9 @@ from .rows import Row, described, environment, figures
 from .trace import Inconsistent
 
 RESULTS = Path(__file__).parent / "results"
-METRICS = ("busy", "span", "graph", "host")
+METRICS = ("busy", "span", "graph", "cold", "host")
+# Sets of shapes for the operation decode, and only for it, begin so
+DECODE = "decode-"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +52,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("ops", nargs="+", choices=("forward", "backward"), help="what to time")
+    add("ops", nargs="+", choices=("forward", "backward", "decode"), help="what to time")
     add(
         "--cases",
         nargs="+",
@@ -73,6 +77,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.rounds < 1 or (options.repeats is not None and options.repeats < 1):
         parser.error("--rounds and --repeats must be at least 1")
+    for op in options.ops:
+        if wrong := [group for group in options.cases if group.startswith(DECODE) != (op == "decode")]:
+            parser.error(f"{op} can't take the shapes of {', '.join(wrong)}: those of {DECODE}* are for decode alone")
     return options
 
 
@@ -91,11 +98,11 @@ def made(case: Case | Pack, op: str, names: list[str], say: Callable[[str], None
     """The contestants that compute this case; why the others don't, in a line each."""
     pack = isinstance(case, Pack)
     tensors = testing_varlen.make(case.case, "cuda")[:4] if isinstance(case, Pack) else testing.make(case, "cuda")
-    makers = packed.CONTESTANTS if pack else baselines.CONTESTANTS
+    makers = packed.CONTESTANTS if pack else decode.CONTESTANTS if op == "decode" else baselines.CONTESTANTS
     found = {}
     for name in names:
         try:
-            found[name] = makers.get(name, packed.absent)(case, op, *tensors)
+            found[name] = makers.get(name, decode.absent if op == "decode" else packed.absent)(case, op, *tensors)
         except (baselines.NoRow, NotImplementedError) as reason:
             say(f"{name}: no row for {op} {case}: {reason}")
         except Exception as error:  # whatever stops a peer must not stop the others; ours has no excuse
@@ -107,7 +114,7 @@ def made(case: Case | Pack, op: str, names: list[str], say: Callable[[str], None
 
 def measured(case: Case | Pack, op: str, contestants: dict[str, Contestant], args: argparse.Namespace) -> dict[str, list[Row]]:
     """The figures of each contestant, a row for each metric that was asked for."""
-    functions = {name: getattr(c, op) for name, c in contestants.items()}
+    functions = {name: getattr(c, "backward" if op == "backward" else "forward") for name, c in contestants.items()}
     computed = {name: c.instead or case for name, c in contestants.items()}
     found: dict[str, list[Row]] = {name: [] for name in contestants}
     if {"busy", "span"} & set(args.metric):
@@ -125,9 +132,14 @@ def measured(case: Case | Pack, op: str, contestants: dict[str, Contestant], arg
         for name, trials in measure.in_turns(functions, args.rounds, profiled.graph_us).items():
             measure.check_floor(name, trials, bounds.floor_us(computed[name], op, flushed=False))
             found[name].append(figures(computed[name], op, "graph", trials))
+    if "cold" in args.metric:
+        cold = functools.partial(profiled.cold_us, flush=profiled.Flush())
+        for name, trials in measure.in_turns(functions, args.rounds, cold).items():
+            measure.check_floor(name, trials, bounds.floor_us(computed[name], op, flushed=True))
+            found[name].append(figures(computed[name], op, "cold", trials))
     if "host" in args.metric:
         # Every contestant of a backward has both
-        eager = {name: c.forward if op == "forward" else c.gradient or c.forward for name, c in contestants.items()}
+        eager = {name: c.gradient or c.forward if op == "backward" else c.forward for name, c in contestants.items()}
         for name, trials in measure.in_turns(eager, args.rounds, profiled.host_us).items():
             found[name].append(figures(computed[name], op, "host", trials))
     return found
@@ -155,9 +167,10 @@ def summary(op: str, case: Case | Pack, found: list[Row]) -> list[str]:
     """A line a metric."""
     lines = []
     for metric in dict.fromkeys(row["metric"] for row in found):
-        unit = "µs" if metric == "host" else "TFLOP/s"
+        unit = "µs" if metric == "host" else "GB/s" if op == "decode" else "TFLOP/s"
         mine = [row for row in found if row["metric"] == metric]
-        values = (f"{r['contestant']} {r['ms']['p50'] * 1e3 if metric == 'host' else r['tflops']:.1f}" for r in mine)
+        shown = {"µs": lambda r: r["ms"]["p50"] * 1e3, "GB/s": lambda r: r["gbps"], "TFLOP/s": lambda r: r["tflops"]}[unit]
+        values = (f"{r['contestant']} {shown(r):.1f}" for r in mine)
         lines.append(f"{op:8} {case!s:48} {metric}: {', '.join(values)} {unit}")
     return lines
 

@@ -5,7 +5,7 @@ import json
 
 from benchmarks import cases, measure, profiled, rows, trace
 from benchmarks.packs import Pack
-from gqa_autograd import testing, testing_varlen
+from gqa_autograd import testing, testing_decode, testing_varlen
 
 SMALL_PACK = Pack("any", (50, 1, 77), 4, 2, 64)
 
@@ -13,7 +13,7 @@ SMALL_PACK = Pack("any", (50, 1, 77), 4, 2, 64)
 def fake_gpu(monkeypatch):
     """Everything of a run but the times: contestants on the CPU, each call 3 ms in 2 kernels."""
     repetition = trace.Repetition(3_000_000, 3_100_000, 2)
-    for module in (testing, testing_varlen):
+    for module in (testing, testing_decode, testing_varlen):
         monkeypatch.setattr(module, "make", lambda case, device="cpu", seed=0, make=module.make: make(case, "cpu", seed))
     monkeypatch.setattr(measure, "side_stream", contextlib.nullcontext)
     monkeypatch.setattr(measure.Clocks, "row", lambda self: {"sm_mhz": 1980, "mem_mhz": 3201, "watts": 500})
@@ -24,6 +24,7 @@ def fake_gpu(monkeypatch):
         "graph_us": lambda f, replays=10: [3050.0] * replays,
     }
     times |= {"checked_trial": lambda f, flush, lead, count, clocks: [repetition] * count, "host_us": lambda f: [40.0, 41.0]}
+    times |= {"cold_us": lambda f, flush: [3200.0] * 3}
     for name, value in times.items():
         monkeypatch.setattr(profiled, name, value)
 

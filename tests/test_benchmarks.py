@@ -114,12 +114,13 @@ def test_all_rows_names_sets_and_contestants_that_exist(tmp_path):
     script = Path(run.__file__).with_name("all_rows.sh")
     subprocess.run(["bash", str(script)], env=env, check=True, capture_output=True)
     parsed = [run.arguments(line.split()) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len(parsed) == 15
-    assert [p.ops for p in parsed] == [["forward"]] * 8 + [["backward"]] * 7
+    assert len(parsed) == 18
+    assert [p.ops for p in parsed] == [["forward"]] * 8 + [["backward"]] * 7 + [["decode"]] * 3
     assert {"peers", "varlen", "small-grids", "lengths", "window", "softcap", "head-sizes", "tiny"} == {
         s for p in parsed[:8] for s in p.cases
     }
-    assert {"peers", "varlen", "small-training", "lengths", "head-sizes", "masked-training"} == {s for p in parsed[8:] for s in p.cases}
+    assert {"peers", "varlen", "small-training", "lengths", "head-sizes", "masked-training"} == {s for p in parsed[8:15] for s in p.cases}
+    assert {"decode-peers", "decode-models", "decode-queries", "decode-tiny"} == {s for p in parsed[15:] for s in p.cases}
     assert {str(p.results) for p in parsed} == {"elsewhere"}
 
 
@@ -220,11 +221,11 @@ def test_rows(without_gpu, op):
     found = run.rows(case, op, ["ours", "fa2"], args, {"run": "r", "gpu": "NVIDIA H200"}, said.append)
     assert said == []
     assert [(row["contestant"], row["metric"]) for row in found] == list(itertools.product(("ours", "fa2"), run.METRICS))
-    busy, span, graph, host = found[:4]
-    assert (busy["ms"]["p50"], span["ms"]["p50"], graph["ms"]["p50"], host["ms"]["p50"]) == (3.0, 3.1, 3.05, 0.041)
+    busy, _span, _graph, _, _host = found[:5]
+    assert [row["ms"]["p50"] for row in found[:5]] == [3.0, 3.1, 3.05, 3.2, 0.041]
     assert (busy["samples"], busy["trials"], busy["kernels_per_call"], busy["sm_mhz"]) == (10, 2, 2, 1980)
     assert busy["graph_over_busy"] == round(3.05 / 3, 3)
-    assert [("error_ratio" in row) for row in found] == [True] * 4 + [False] * 4
+    assert [("error_ratio" in row) for row in found] == [True] * 5 + [False] * 5
     assert json.loads(json.dumps(busy))["case"] == rows.described(case)
     assert [line.split()[2] for line in run.summary(op, case, found)] == [f"{metric}:" for metric in run.METRICS]
 

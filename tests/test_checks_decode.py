@@ -134,6 +134,22 @@ def test_numbers(call, options, kind, message):
         call(**args(), **options)
 
 
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((-3, 0), "window left must be at least 0, or -1 for unbounded, got -3"),
+        ((-1, -2), "window right must be at least 0, or -1 for unbounded, got -2"),
+        ((-1, 0, math.inf), "scale must be finite, got inf"),
+        ((-1, 0, None, -1.0), "softcap must be finite and at least 0 (0 is off), got -1.0"),
+    ],
+)
+def test_numbers_of_the_raw_operators(operator, settings, message):
+    with refuses(ValueError, message):
+        operator(*args().values(), None, *settings)
+
+
 def test_the_same_without_what_is_wrong():
     for given in (args(), paged()):
         for call in PUBLIC:

@@ -112,6 +112,17 @@ def test_opcheck(operator, settings, case):
     opcheck(operator, (*given.arguments, given.page_table, *settings), test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("case", [PERMUTED, FUSED], ids=str)
+def test_the_strides_of_q_do_not_leak(case):
+    """out is contiguous, in eager and as the fake says it."""
+    given = testing_decode.make(case)
+    assert not given.q.is_contiguous()
+    assert run(given)[0].is_contiguous()
+    assert attention_decode(
+        *(t.to("meta") for t in given.arguments), page_table=None if case.S_page is None else given.page_table.to("meta")
+    ).is_contiguous()
+
+
 def test_which_body_runs():
     given = testing_decode.make(PAGED)
     with testing.recorded() as bodies:

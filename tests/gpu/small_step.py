@@ -1,8 +1,8 @@
 """What test_sanitizer.py runs under compute-sanitizer: `small_step.py all`, or `few` for the tools that take minutes a call.
 
 all: a training step of every head size at odd lengths, dense, split and packed, with and without a window and a softcap; then the
-forwards below with D 64, 128 and 256, and offsets that are nonsense.
-few: dense, split and packed forwards and gradients at D 64 and 128, results not read: their last writer is TMA, which not every tool
+forwards below and decoding with D 64, 128 and 256; offsets, lengths and page tables that are nonsense.
+few: dense, split and packed forwards, decoding and gradients at D 64 and 128, results not read: their last writer is TMA, which not every tool
 follows.
 grad: the training steps of `all` that `few` leaves out, once for each head size.
 """
@@ -19,8 +19,10 @@ from cache_cases import make as make_append
 from packed_cases import NONSENSE, T
 
 import gqa_autograd
+from gqa_autograd import testing_decode
 from gqa_autograd.kernels import config
 from gqa_autograd.testing import Case, make
+from gqa_autograd.testing_decode import DecodeCase
 from gqa_autograd.testing_varlen import PackedCase
 from gqa_autograd.testing_varlen import make as make_packed
 
@@ -63,6 +65,27 @@ def packed(D: int) -> None:
         gqa_autograd.attention_varlen_with_lse(q, k, v, *cu_seqlens, **options)
 
 
+def decode(D: int) -> None:
+    """Over a dense cache and pages of each form; an empty sequence, one of several thread blocks, two tiles of rows."""
+    for S_page in (None, 16, 64):
+        for S_q, options in ((1, {}), (9, {"window": (100, -1)}), (2, {"softcap": 15.0})):
+            given = testing_decode.make(DecodeCase(S_q, (1500, 0, 70), 16, 2, D, S_page, **options), "cuda")
+            gqa_autograd.attention_decode(*given.arguments, **given.options)
+            gqa_autograd.attention_decode_with_lse(*given.arguments, **given.options)
+
+
+def adversarial() -> None:
+    """Lengths beyond the cache and below 0, pages that the pool doesn't have: nothing outside the tensors is read."""
+    far = 2**31 - 1
+    lengths = torch.tensor((far, -5, 600, 1024), dtype=torch.int32, device="cuda")
+    table = torch.tensor((0, -1, far, -far - 1, 5, 1, 2**20, 4), dtype=torch.int32, device="cuda").repeat(4, 1)
+    for S_page in (16, 32, 64, 128):
+        for pages in (None, table):
+            given = testing_decode.make(DecodeCase(2, (5 * S_page,), 12, 2, 128, S_page), "cuda")
+            k, v = (t[: 4 if pages is None else 6].nan_to_num() for t in (given.k_cache, given.v_cache))
+            gqa_autograd.attention_decode(given.q.expand(4, -1, -1, -1).contiguous(), k, v, lengths, page_table=pages)
+
+
 def nonsense() -> None:
     """Offsets that fall, that are negative or lie beyond the tokens: nothing outside the tensors is touched, in the backward too."""
     q, k, v, do, *_ = make_packed(PackedCase((T,), (T,), 4, 2, 128), "cuda")
@@ -91,8 +114,10 @@ def main() -> None:
     for D in {"all": (64, 128, 256), "few": (64, 128), "grad": ()}[calls]:
         infer(D)
         packed(D)
+        decode(D)
     if calls == "all":
         nonsense()
+        adversarial()
         appends()
     torch.cuda.synchronize()
     print("small_step: done")
