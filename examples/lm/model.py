@@ -54,7 +54,8 @@ class Attending(nn.Module):
         super().__init__()
         self.attend = attend
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    # No **options: a cache that is given must not be ignored
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(q, k, v)
 
 

@@ -2,8 +2,8 @@
 
 all: a training step of every head size at odd lengths, dense, split and packed, with and without a window and a softcap; then the
 forwards below and decoding with D 64, 128 and 256; offsets, lengths and page tables that are nonsense.
-few: dense, split and packed forwards, decoding and gradients at D 64 and 128, results not read: their last writer is TMA, which not every tool
-follows.
+few: dense, split and packed forwards, decoding and gradients at D 64 and 128, results not read: their last writer is TMA, which not every
+tool follows.
 grad: the training steps of `all` that `few` leaves out, once for each head size.
 """
 
