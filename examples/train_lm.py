@@ -4,8 +4,9 @@
     python examples/train_lm.py --attention sdpa --out runs/sdpa  # the same weights and data, torch's attention
     python examples/train_lm.py --resume --steps 600              # go on from the checkpoint
 
-DIR/log.jsonl gets one row a step, DIR/curves.png shows them, DIR/checkpoint.pt is what --resume reads. On a CPU a resumed run gives the
-losses of an uninterrupted one bit for bit (same Python, same number of threads): data and learning rate are functions of seed and step.
+DIR/log.jsonl gets one row a step, DIR/curves.png shows them, DIR/checkpoint.pt is what --resume and generate.py read. On a CPU a resumed
+run gives the losses of an uninterrupted one bit for bit (same Python, same number of threads): data and learning rate are functions of
+seed and step.
 MFU counts the FLOPs of `lm.model.train_flops_per_token` against the dense bfloat16 peak of an H100 or H200.
 """
 

@@ -1,12 +1,12 @@
 """Modules around the functional form: projections, normalisation, rotation and layout. The attention itself is `functional.attention`."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import checks_nn, functional, functional_decode
+from .cache import CacheLayer, KVCache, PagedKVCache
 
 
 class GQAttention(nn.Module):
@@ -61,20 +61,20 @@ class GQAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.embed_dim = _integer("embed_dim", embed_dim)
-        self.num_heads = _integer("num_heads", num_heads)
-        self.num_kv_heads = num_heads if num_kv_heads is None else _integer("num_kv_heads", num_kv_heads)
+        self.embed_dim = checks_nn.integer("embed_dim", embed_dim)
+        self.num_heads = checks_nn.integer("num_heads", num_heads)
+        self.num_kv_heads = num_heads if num_kv_heads is None else checks_nn.integer("num_kv_heads", num_kv_heads)
         if num_heads % self.num_kv_heads:
             raise ValueError(
                 f"GQAttention: num_heads must be a multiple of num_kv_heads, got num_heads={num_heads}, num_kv_heads={num_kv_heads}"
             )
-        self.head_dim = _split(embed_dim, num_heads) if head_dim is None else _integer("head_dim", head_dim)
-        self.v_head_dim = self.head_dim if v_head_dim is None else _integer("v_head_dim", v_head_dim)
-        self.rope = None if rope is None else _number("rope", rope, above=0)
+        self.head_dim = checks_nn.split(embed_dim, num_heads) if head_dim is None else checks_nn.integer("head_dim", head_dim)
+        self.v_head_dim = self.head_dim if v_head_dim is None else checks_nn.integer("v_head_dim", v_head_dim)
+        self.rope = None if rope is None else checks_nn.number("rope", rope, above=0)
         if rope is not None and self.head_dim % 2:
             raise ValueError(f"GQAttention: head_dim must be even with rope, got {self.head_dim}")
-        eps = _eps(qk_norm)
-        if _number("dropout", dropout) != 0:
+        eps = checks_nn.eps(qk_norm)
+        if checks_nn.number("dropout", dropout) != 0:
             raise ValueError(
                 f"GQAttention: dropout must be 0, got {dropout}; attention weights are never stored, so none can be dropped: "
                 "put nn.Dropout after this module, on the residual branch"
@@ -105,7 +105,7 @@ class GQAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | Tensor | None = None,
-        kv_cache: Any = None,
+        kv_cache: CacheLayer | KVCache | PagedKVCache | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y [B, S, E], or (y, lse) with return_lse; packed, y [T, E]
@@ -119,13 +119,19 @@ class GQAttention(nn.Module):
             cu_seqlens: int32 [N + 1], the offsets of `functional.attention_varlen`, for packed x. Tokens beyond the last one get
                 o_proj(0), and no gradient but that of o_proj's bias.
             max_seqlen: with cu_seqlens, accepted for the sake of other libraries; not used.
-            kv_cache: not supported yet.
+            kv_cache: a KVCache or PagedKVCache of one layer, or `layer(i)` of one of several. x are the next S tokens of each sequence:
+                their keys and values are appended in place, and they see all that the cache holds. `positions` count on from its lengths,
+                on the device. S is at most 64, or anything while the cache is empty. For inference only: no gradient, causal, not packed.
             return_lse: return lse [B, H_q, S], packed [H_q, T], as well: float32, natural logarithm, differentiable.
         Returns: y in the dtype of o_proj's output: that of x and the parameters, under autocast the autocast dtype.
-        Raises: ValueError for a shape, TypeError for a dtype, NotImplementedError for a cache, and on CUDA for what no kernel computes. On
-            CUDA the attention takes float16 and bfloat16 only; float32 parameters need torch.autocast.
+        Raises: ValueError for a shape, TypeError for a dtype, RuntimeError for a gradient through a cache, NotImplementedError for what a
+            cache can't do, and on CUDA for what no kernel computes. On CUDA the attention takes float16 and bfloat16 only; float32
+            parameters need torch.autocast.
         """
-        _check_input(x, cu_seqlens, max_seqlen, kv_cache, self.embed_dim)
+        checks_nn.input(x, cu_seqlens, max_seqlen, self.embed_dim)
+        # A child that was put in the place of the attention need not say whether it is causal
+        causal = getattr(self.attention, "causal", True)
+        cache = checks_nn.kv_cache(x, kv_cache, cu_seqlens, causal, self.head_dim, self.v_head_dim)
         if cu_seqlens is not None:
             # A batch of one, until the heads are handed on
             x = x.unsqueeze(0)
@@ -136,14 +142,18 @@ class GQAttention(nn.Module):
             q = self.q_norm(q)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        cos_sin = self._cos_sin(x, positions, position_embeddings, cu_seqlens)
+        cos_sin = self._cos_sin(x, positions, position_embeddings, cu_seqlens, cache)
         if cos_sin is not None:
             q, k = _rotate(q, *cos_sin), _rotate(k, *cos_sin)
         if cu_seqlens is not None:
             return self._packed(q[0], k[0], v[0], cu_seqlens, max_seqlen, return_lse)
+        options: dict[str, Any] = {}
+        if cache is not None:
+            checks_nn.no_gradient(q, k, v)
+            options["kv_cache"] = cache
         if not return_lse:
-            return self.o_proj(self.attention(q, k, v).flatten(2))
-        out, lse = self.attention(q, k, v, return_lse=True)
+            return self.o_proj(self.attention(q, k, v, **options).flatten(2))
+        out, lse = self.attention(q, k, v, return_lse=True, **options)
         return self.o_proj(out.flatten(2)), lse
 
     def _packed(
@@ -157,21 +167,26 @@ class GQAttention(nn.Module):
         return (y, result[1]) if return_lse else y
 
     def _cos_sin(
-        self, x: Tensor, positions: Tensor | None, position_embeddings: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        cu_seqlens: Tensor | None,
+        cache: CacheLayer | None,
     ) -> tuple[Tensor, Tensor] | None:
         """(cos, sin), each [1 or B, S, D], or None for no rotation."""
         if position_embeddings is not None:
             if positions is not None:
                 raise ValueError("GQAttention: positions and position_embeddings must not be given together, got both")
-            return _check_position_embeddings(x, position_embeddings, self.head_dim)
+            return checks_nn.position_embeddings(x, position_embeddings, self.head_dim)
         if self.rope is None:
             if positions is not None:
                 raise ValueError("GQAttention: positions must be None without rope, which they are for; got positions, and rope=None")
             return None
         if positions is None:
-            positions = _counted(x.shape[1], x.device, cu_seqlens)
+            positions = _counted(x.shape[1], x.device, cu_seqlens) if cache is None else cache.positions(x.shape[1])
         else:
-            _check_positions(x, positions)
+            checks_nn.positions(x, positions)
         cos, sin = rotary_embedding(positions if positions.dim() == 2 else positions.unsqueeze(0), self.head_dim, self.rope)
         return cos, sin
 
@@ -190,9 +205,9 @@ class InnerAttention(nn.Module):
     def __init__(self, *, causal: bool, window: int | None, softcap: float, scale: float | None, deterministic: bool | None = None) -> None:
         super().__init__()
         self.causal = causal
-        self.window = None if window is None else _integer("window", window)
-        self.softcap = _number("softcap", softcap, least=0)
-        self.scale = None if scale is None else _number("scale", scale)
+        self.window = None if window is None else checks_nn.integer("window", window)
+        self.softcap = checks_nn.number("softcap", softcap, least=0)
+        self.scale = None if scale is None else checks_nn.number("scale", scale)
         if deterministic is not None and not isinstance(deterministic, bool):
             raise TypeError(f"GQAttention: deterministic must be True, False or None, got {deterministic!r}")
         self.deterministic = deterministic
@@ -206,13 +221,21 @@ class InnerAttention(nn.Module):
         return_lse: bool = False,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | Tensor | None = None,
+        kv_cache: CacheLayer | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """out [B, S_q, H_q, D_v] of q [B, S_q, H_q, D], k [B, S_kv, H_kv, D], v [B, S_kv, H_kv, D_v]; (out, lse) with return_lse.
 
-        With cu_seqlens the same without B: q [T, H_q, D] and so on, sequences packed."""
+        With cu_seqlens the same without B: q [T, H_q, D] and so on, sequences packed. With kv_cache k and v are appended to it, and q sees
+        all that it holds."""
         # The functional form counts the tokens beside this one, the module counts this one too
         side = -1 if self.window is None else self.window - 1
         options: dict[str, Any] = {"causal": self.causal, "scale": self.scale, "softcap": self.softcap, "window": (side, side)}
+        if kv_cache is not None:
+            lengths = kv_cache.append(k, v)
+            # What is longer came with an empty cache, so that the new tokens are all that there is
+            if q.shape[1] <= checks_nn.MAX_QUERIES:
+                decode = functional_decode.attention_decode_with_lse if return_lse else functional_decode.attention_decode
+                return decode(q, kv_cache.k_cache, kv_cache.v_cache, lengths, page_table=kv_cache.page_table, **options)
         options["deterministic"] = self.deterministic
         if cu_seqlens is None:
             return (functional.attention_with_lse if return_lse else functional.attention)(q, k, v, **options)
@@ -269,88 +292,3 @@ def _counted(S: int, device: torch.device, cu_seqlens: Tensor | None) -> Tensor:
     token = torch.arange(S, dtype=cu_seqlens.dtype, device=device)
     # The last offset that is not beyond the token begins its sequence, also where empty ones begin there too
     return token - cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
-
-
-# --- what the module accepts ---
-def _integer(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"GQAttention: {name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"GQAttention: {name} must be at least 1, got {value}")
-    return value
-
-
-def _number(name: str, value: object, *, above: float = -math.inf, least: float = -math.inf) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"GQAttention: {name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"GQAttention: {name} must be finite, got {value}")
-    if value <= above:
-        raise ValueError(f"GQAttention: {name} must be above {above}, got {value}")
-    if value < least:
-        raise ValueError(f"GQAttention: {name} must be at least {least}, got {value}")
-    return float(value)
-
-
-def _split(embed_dim: int, num_heads: int) -> int:
-    if embed_dim % num_heads:
-        raise ValueError(
-            "GQAttention: embed_dim must be a multiple of num_heads where head_dim is not given, "
-            f"got embed_dim={embed_dim}, num_heads={num_heads}"
-        )
-    return embed_dim // num_heads
-
-
-def _eps(qk_norm: bool | float | None) -> float | None:
-    if qk_norm is None or qk_norm is False:
-        return None
-    return 1e-6 if qk_norm is True else _number("qk_norm", qk_norm, above=0)
-
-
-def _check_input(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | Tensor | None, kv_cache: Any, E: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"GQAttention: x must be a torch.Tensor, got {type(x).__name__}")
-    if kv_cache is not None:
-        raise NotImplementedError(f"GQAttention: kv_cache must be None, there is no decoding yet, got {type(kv_cache).__name__}")
-    if cu_seqlens is None:
-        if max_seqlen is not None:
-            raise ValueError(f"GQAttention: max_seqlen must be None without cu_seqlens, got {type(max_seqlen).__name__}")
-        if x.dim() != 3 or x.shape[2] != E:
-            raise ValueError(f"GQAttention: x must be [B, S, E] with E={E}, or [T, E] with cu_seqlens, got shape {tuple(x.shape)}")
-        return
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"GQAttention: cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype is not torch.int32:
-        raise TypeError(f"GQAttention: cu_seqlens must be int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"GQAttention: cu_seqlens must be [N + 1], got shape {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"GQAttention: cu_seqlens must be on the device of x, got {cu_seqlens.device}, x on {x.device}")
-    if x.dim() != 2 or x.shape[1] != E:
-        raise ValueError(f"GQAttention: x must be [T, E] with cu_seqlens and E={E}, got shape {tuple(x.shape)}")
-
-
-def _check_positions(x: Tensor, positions: Tensor) -> None:
-    if not isinstance(positions, Tensor):
-        raise TypeError(f"GQAttention: positions must be a torch.Tensor, got {type(positions).__name__}")
-    if positions.is_floating_point() or positions.is_complex() or positions.dtype is torch.bool:
-        raise TypeError(f"GQAttention: positions must be integers, got {positions.dtype}")
-    B, S, _ = x.shape
-    if positions.dim() not in (1, 2) or positions.shape[-1] != S or (positions.dim() == 2 and positions.shape[0] not in (1, B)):
-        raise ValueError(f"GQAttention: positions must be [S] or [B, S] with B={B}, S={S}, got shape {tuple(positions.shape)}")
-
-
-def _check_position_embeddings(x: Tensor, position_embeddings: tuple[Tensor, Tensor], D: int) -> tuple[Tensor, Tensor]:
-    if not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
-        raise TypeError(f"GQAttention: position_embeddings must be a pair (cos, sin), got {type(position_embeddings).__name__}")
-    B, S, _ = x.shape
-    for name, t in zip(("cos", "sin"), position_embeddings, strict=True):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"GQAttention: position_embeddings {name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.dim() != 3 or t.shape[0] not in (1, B) or t.shape[1] != S or t.shape[2] != D:
-            raise ValueError(
-                f"GQAttention: position_embeddings {name} must be [1, S, D] or [B, S, D] with B={B}, S={S}, D={D}, "
-                f"got shape {tuple(t.shape)}"
-            )
-    cos, sin = position_embeddings
-    return cos, sin

@@ -121,7 +121,7 @@ def warmup(
         D: head size or sizes. dtype: float16, bfloat16 or both. D_v: the head size of v, that of q and k when None.
         causal: None for both masks. window: the kernels for a sliding window instead. softcap: those with a softcap.
         varlen: the kernels of `attention_varlen` instead. decode: those of `attention_decode`, for a dense cache and for pages of any size,
-            which serve any mask and have no backward.
+            which serve any mask and have no backward, and those that append to caches.
         backward: also what training needs.
         device: a CUDA device: each kernel is launched there once, which a graph capture needs. None only builds; no GPU is needed.
     Returns: how many kernels this process has by now. They stay in TileLang's disk cache, TILELANG_CACHE_DIR.

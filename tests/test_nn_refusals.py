@@ -82,7 +82,6 @@ ROPE = {"rope": 1e4}
         ({}, X[0], {"cu_seqlens": CU[None]}, ValueError, "cu_seqlens must be [N + 1], got shape (1, 2)"),
         ({}, X[0], {"cu_seqlens": CU[:0]}, ValueError, "cu_seqlens must be [N + 1], got shape (0,)"),
         ({}, X[0], {"cu_seqlens": CU.to("meta")}, ValueError, "cu_seqlens must be on the device of x, got meta, x on cpu"),
-        ({}, X[0], {"cu_seqlens": CU, "kv_cache": object()}, NotImplementedError, "kv_cache must be None, there is no decoding yet"),
         (
             ROPE,
             X[0],
@@ -98,7 +97,7 @@ ROPE = {"rope": 1e4}
             ValueError,
             "position_embeddings cos must be [1, S, D] or [B, S, D] with B=1, S=5, D=16, got shape (2, 5, 16)",
         ),
-        ({}, X, {"kv_cache": object()}, NotImplementedError, "kv_cache must be None, there is no decoding yet, got object"),
+        ({}, X, {"kv_cache": object()}, TypeError, "kv_cache must be a KVCache, a PagedKVCache or a layer of one, got object"),
         ({}, X, {"positions": torch.arange(5)}, ValueError, "positions must be None without rope"),
         (
             ROPE,

@@ -76,6 +76,8 @@ def test_warmup_builds_all_forms_of_a_head_size(monkeypatch):
     made = []
     launch = SimpleNamespace(compiled=lambda tile, dtype: made.append((tile, dtype)))
     monkeypatch.setattr(kernels, "decode_launch", launch, raising=False)
+    appending = []
+    monkeypatch.setattr(kernels, "cache", SimpleNamespace(executable=lambda *configuration: appending.append(configuration)), raising=False)
     assert gqa_autograd.warmup((64, 128), (torch.bfloat16, torch.float16), decode=True, softcap=True) == build.built()
     wanted = {
         (config.DECODE[D, True, form], dtype)
@@ -85,6 +87,7 @@ def test_warmup_builds_all_forms_of_a_head_size(monkeypatch):
     }
     assert set(made) == wanted
     assert len(made) == len(wanted)
+    assert appending == [(dtype, paged) for dtype in (torch.bfloat16, torch.float16) for paged in (False, True)]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,13 @@ def test_warmup_launches_each_form(monkeypatch):
 
     seen = []
     monkeypatch.setattr(kernels, "decode_launch", SimpleNamespace(compiled=lambda tile, dtype: None), raising=False)
+    monkeypatch.setattr(kernels, "cache", SimpleNamespace(executable=lambda dtype, paged: None), raising=False)
+    appended = []
+    monkeypatch.setattr(
+        support_decode.ops_cache,
+        "cache_append_",
+        lambda k, v, k_new, v_new, lengths, table: appended.append((k.shape[1], int(lengths), table is None)),
+    )
     monkeypatch.setattr(
         support_decode.functional_decode,
         "attention_decode",
@@ -115,3 +125,4 @@ def test_warmup_launches_each_form(monkeypatch):
     )
     gqa_autograd.warmup(128, decode=True, device="cpu")
     assert seen == [(128, 1, True, 0.0), (128, 64, False, 0.0), (128, 16, False, 0.0)]
+    assert appended == [(1, 0, True), (64, 0, False), (16, 0, False)]

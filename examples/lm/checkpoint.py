@@ -25,16 +25,17 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: i
     os.replace(unfinished, path)
 
 
-def load(path: Path, device: torch.device) -> dict[str, Any]:
+def load(path: Path, device: torch.device, flag: str = "--resume", program: str = "train_lm") -> dict[str, Any]:
+    """A checkpoint of train_lm; `flag` of `program` asked for it."""
     if not path.is_file():
-        fail(f"--resume: there is no checkpoint {path}")
+        fail(f"{flag}: there is no checkpoint {path}", program)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     # What torch.load raises for a file that isn't its own is not one documented type
     except Exception as error:
-        fail(f"--resume: {path} can't be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        fail(f"{flag}: {path} can't be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}", program)
     if not isinstance(state, dict) or state.keys() != _KEYS:
-        fail(f"--resume: {path} is not a checkpoint of train_lm")
+        fail(f"{flag}: {path} is not a checkpoint of train_lm", program)
     return state
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gqa_autograd import KVCache
+from gqa_autograd.cache import CacheLayer
 from gqa_autograd.flops import visible_pairs
 from gqa_autograd.nn import GQAttention
 
@@ -16,7 +18,7 @@ PEAK_FLOPS = 989e12  # bfloat16, dense: data sheets of the H100 SXM and the H200
 # Causal attention of q [B, S, H_q, D] and k, v [B, S, H_kv, D], each token up to its own position
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # call(block, x) gives block(x)
-Call = Callable[[nn.Module, Tensor], Tensor]
+Call = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Attending(nn.Module):
         super().__init__()
         self.attend = attend
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    # No **options: a cache that is given must not be ignored
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(q, k, v)
 
 
@@ -66,8 +69,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(shape.dim, eps=1e-5)
         self.mlp = SwiGLU(shape.dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, kv_cache: CacheLayer | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), kv_cache=kv_cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -94,12 +97,14 @@ class LanguageModel(nn.Module):
             else:
                 nn.init.ones_(weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """With a cache, tokens are the next ones of each sequence in it."""
         if tokens.shape[1] > self.shape.context:
             raise ValueError(f"LanguageModel: at most context={self.shape.context} tokens, got {tokens.shape[1]}")
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x) if self.call is None else self.call(block, x)
+        for i, block in enumerate(self.blocks):
+            given = () if cache is None else (cache.layer(i),)
+            x = block(x, *given) if self.call is None else self.call(block, x, *given)
         return F.linear(self.norm(x), self.embedding.weight)
 
 

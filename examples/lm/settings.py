@@ -31,8 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def fail(message: str) -> NoReturn:
-    print(f"train_lm: error: {message}", file=sys.stderr)
+def fail(message: str, program: str = "train_lm") -> NoReturn:
+    print(f"{program}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

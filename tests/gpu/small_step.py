@@ -8,8 +8,14 @@ grad: the training steps of `all` that `few` leaves out, once for each head size
 """
 
 import sys
+from pathlib import Path
 
 import torch
+
+# As a script: pytest has this folder on the path already
+sys.path.append(str(Path(__file__).parents[1]))
+from cache_cases import ADVERSARIAL, ORDERLY
+from cache_cases import make as make_append
 from packed_cases import NONSENSE, T
 
 import gqa_autograd
@@ -88,6 +94,13 @@ def nonsense() -> None:
         gqa_autograd.attention_varlen(q, k, v, *cu_seqlens, causal=True).backward(do)
 
 
+@torch.no_grad()
+def appends() -> None:
+    """To caches, lengths and tables that are nonsense included."""
+    for case in (*ORDERLY, *ADVERSARIAL):
+        torch.ops.gqa_autograd.cache_append_(*make_append(case, torch.bfloat16, "cuda"))
+
+
 def main() -> None:
     calls = sys.argv[1]
     for D, D_v in config.D_BACKWARD:
@@ -105,6 +118,7 @@ def main() -> None:
     if calls == "all":
         nonsense()
         adversarial()
+        appends()
     torch.cuda.synchronize()
     print("small_step: done")
 

@@ -24,8 +24,8 @@ KERNELS = Path(config.__file__).parent
 
 
 class Entry(NamedTuple):
-    """One kernel: family (forward, combine; decode; backward, preprocess, postprocess, merge), tile, dtype, and has it the family's option
-    (LSE, dLSE)?"""
+    """One kernel: family (forward, combine; decode, append; backward, preprocess, postprocess, merge), tile, dtype, and has it the family's
+    option (LSE, dLSE, pages)?"""
 
     family: str
     tile: config.Forward | config.Backward | config.Decode
@@ -34,8 +34,10 @@ class Entry(NamedTuple):
 
     @property
     def program(self):
-        from gqa_autograd.kernels import backward_launch, decode_launch, forward_launch
+        from gqa_autograd.kernels import backward_launch, cache, decode_launch, forward_launch
 
+        if self.family == "append":
+            return cache.program(self.dtype, self.option)
         if self.family == "decode":
             return decode_launch.program(self.tile, self.dtype)
         if self.family == "forward":
@@ -46,6 +48,8 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         tile = self.tile
+        if self.family == "append":
+            return "-".join([self.family, str(self.dtype).removeprefix("torch."), *["paged"] * self.option])
         if self.family == "decode":
             return "-".join(["decode", f"d{tile.D}", *["softcap"] * tile.softcap, tile.form, str(self.dtype).removeprefix("torch.")])
         # dQ has no D_v
@@ -77,6 +81,8 @@ def entries() -> dict[str, Entry]:
         found += [Entry("backward", tile, dtype, False), Entry("postprocess", tile, dtype, False)]
         found += [Entry("preprocess", tile, dtype, dlse) for dlse in (False, True)]
         found += [Entry("merge", tile, dtype, False)] * (tile.form == "split")
+    # Any size: the tile says nothing of it
+    found += [Entry("append", next(iter(config.FORWARD.values())), dtype, paged) for dtype in DTYPES for paged in (False, True)]
     found += [Entry("decode", tile, dtype, False) for tile, dtype in itertools.product(config.DECODE.values(), DTYPES)]
     unique: dict[str, Entry] = {}
     for entry in found:

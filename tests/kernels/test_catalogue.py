@@ -29,7 +29,8 @@ def test_names_are_unique():
     before = {(tile.D, tile.D_v, tile.block_M, tile.form == "packed") for tile in config.BACKWARD.values()}
     after = {(tile.D, tile.block_M, tile.form == "packed") for tile in config.BACKWARD.values()}
     around = 2 * len(before) + len(after) + len({(tile.D, tile.D_v) for tile in config.BACKWARD.values()})
-    assert len(set(names)) == 2 * (forwards + merging + len(config.BACKWARD) + around + len(config.DECODE))
+    decoding = len(config.DECODE) + len(("dense", "paged"))
+    assert len(set(names)) == 2 * (forwards + merging + len(config.BACKWARD) + around + decoding)
 
 
 def test_every_forward_is_in_the_catalogue():
@@ -52,7 +53,7 @@ def test_every_decode_is_in_the_catalogue():
 def test_every_program_of_the_operators_is_in_the_catalogue():
     """What they build is a name and its arguments: a mask with a tile of its own would need a preprocess of its own in the catalogue."""
     pytest.importorskip("tilelang", reason="no tilelang here: the kernels were not lowered")
-    from gqa_autograd.kernels import backward_launch, decode_launch, forward_launch
+    from gqa_autograd.kernels import backward_launch, cache, decode_launch, forward_launch
 
     wanted = set()
     for dtype in (torch.bfloat16, torch.float16):
@@ -60,6 +61,7 @@ def test_every_program_of_the_operators_is_in_the_catalogue():
             programs = [forward_launch.program(tile, dtype, option or tile.form == "split") for tile in config.FORWARD.values()]
             programs += [forward_launch.combine_program(D_v, dtype, option) for _, D_v in config.D_FORWARD]
             programs += [program for tile in config.BACKWARD.values() for program in backward_launch.programs(tile, dtype, option)]
+            programs.append(cache.program(dtype, option))
             programs += [decode_launch.program(tile, dtype) for tile in config.DECODE.values()]
             wanted |= {(program.name, program.configuration) for program in programs}
     found = [(program.name, program.configuration) for program in (entry.program for entry in catalogue.entries().values())]

@@ -43,7 +43,7 @@ def values(entries, family) -> set:
     return {(axis, value) for entry in entries.values() if entry.family == family for axis, value in catalogue.axes(entry).items()}
 
 
-@pytest.mark.parametrize("family", ["forward", "combine", "decode", "backward", "preprocess", "postprocess"])
+@pytest.mark.parametrize("family", ["forward", "combine", "decode", "append", "backward", "preprocess", "postprocess"])
 def test_representative_kernels_show_every_value_of_every_static_axis(family):
     few, all_ = catalogue.representative(), catalogue.entries()
     assert values(few, family) == values(all_, family)
