@@ -236,6 +236,12 @@ PLACES = re.compile(r"(?<![\w.])/(?:home|root|work|Users|mnt|workspace)/\w|\b[A-
 REGISTRIES = re.compile(r"\b(?:pypi\.org|pythonhosted\.org|anaconda\.org|download\.pytorch\.org|ghcr\.io|docker\.io|npmjs\.)")
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by name alone: of two it would collect one."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if p.suffix not in (".png", ".gz", ".pt")], ids=relative)
 def test_file_names_no_machine_and_no_registry(path):
     text = path.read_text(encoding="utf-8")
