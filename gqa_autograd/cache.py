@@ -30,6 +30,14 @@ class CacheLayer:
         host = self._cache._host
         return not host.unseen and not any(host.used[b] for b in self._cache._rows)
 
+    def assert_empty(self) -> None:
+        """Asks the device, without waiting, whether the host is right that there are no tokens.
+
+        Raises: RuntimeError on a CPU; on CUDA an assertion of the device, after which no call succeeds: better than results without the
+            tokens that a replayed graph has appended since a reset."""
+        message = "GQAttention: kv_cache has tokens that the host does not know of; reset it before the prompt"
+        torch._assert_async(~self.lengths.any(), message)
+
     def positions(self, S: int) -> Tensor:
         """The positions [B, S] of the S next tokens."""
         return self.lengths[:, None] + torch.arange(S, dtype=torch.int32, device=self.lengths.device)

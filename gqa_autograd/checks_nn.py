@@ -115,6 +115,8 @@ def kv_cache(x: Tensor, cache: object, cu_seqlens: Tensor | None, causal: bool, 
             f"GQAttention: x must have at most {MAX_QUERIES} tokens where kv_cache may have some already, got S={S}; "
             f"feed the prompt in parts of {MAX_QUERIES}, or all of it at once after cache.reset()"
         )
+    if S > MAX_QUERIES:
+        cache.assert_empty()
     return cache
 
 

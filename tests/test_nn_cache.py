@@ -238,6 +238,19 @@ def test_compiled_prefill_then_steps():
     assert cache.layer().empty
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tokens_that_the_host_has_not_seen_are_noticed(compiled):
+    """As a replayed graph appends them after a reset: a long prompt would not see them."""
+    module, cache = make("rope"), KVCache(2, 90, H_KV, D, dtype=torch.float64)
+    cache.lengths[1] = 3
+    call = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    assert cache.layer().empty
+    with torch.no_grad(), pytest.raises(RuntimeError, match="kv_cache has tokens that the host does not know of"):
+        call(torch.randn(2, 70, E, dtype=torch.float64), kv_cache=cache)
+    assert not any(t.any() for t in (*cache.k, *cache.v))
+    assert cache.lengths.tolist() == [0, 3]
+
+
 def test_adding_and_growing_does_not_recompile():
     module = make("rope")
     cache = PagedKVCache(20, 16, H_KV, D, batch=3, dtype=torch.float64)
