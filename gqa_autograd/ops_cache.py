@@ -6,6 +6,7 @@ compiled step keeps none (docs/design/0008-caches.md)."""
 import functools
 
 import torch
+from torch import Tensor
 from torch.library import register_fake
 
 from . import checks_cache
@@ -27,13 +28,22 @@ def _kernel():
     return cache
 
 
+def _changed(*caches: Tensor) -> None:
+    """A backward that has saved them must be able to tell; neither the schema nor a kernel says so. Inference tensors have no version."""
+    for t in caches:
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
+
+
 def _cpu(k_cache, v_cache, k_new, v_new, cache_seqlens, page_table=None):
     checks_cache.cache_append("cache_append_", k_cache, v_cache, k_new, v_new, cache_seqlens, page_table)
+    _changed(k_cache, v_cache)
     reference.append(k_cache, v_cache, k_new, v_new, cache_seqlens, page_table)
 
 
 def _cuda(k_cache, v_cache, k_new, v_new, cache_seqlens, page_table=None):
     checks_cache.cache_append("cache_append_", k_cache, v_cache, k_new, v_new, cache_seqlens, page_table)
+    _changed(k_cache, v_cache)
     _kernel().launch(k_cache, v_cache, k_new, v_new, cache_seqlens, page_table)
 
 
@@ -42,7 +52,7 @@ def _fake(k_cache, v_cache, k_new, v_new, cache_seqlens, page_table=None):
 
 
 def _autograd(k_cache, v_cache, k_new, v_new, cache_seqlens, page_table=None):
-    """A gradient would be lost in silence; here it is refused. That a cache has a new version, torch reads off the schema."""
+    """A gradient would be lost in silence; here it is refused."""
     if torch.is_grad_enabled():
         for name, t in (("k_cache", k_cache), ("v_cache", v_cache), ("k_new", k_new), ("v_new", v_new)):
             if t.requires_grad:

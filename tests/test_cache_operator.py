@@ -72,13 +72,22 @@ def test_schema():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
-def test_version(mode):
-    """A backward that saved the cache from before must be able to tell."""
+def test_version(mode, monkeypatch):
+    """A backward that saved the cache from before must be able to tell: also of a kernel's writes, which torch does not see."""
+    monkeypatch.setattr(reference, "append", lambda *tensors: None)
     tensors = make(ORDERLY[1])
-    before = tensors.k_cache._version
+    before = [t._version for t in tensors[:2]]
     with mode():
         cache_append_(*tensors)
-    assert tensors.k_cache._version > before
+    assert all(t._version > version for t, version in zip(tensors[:2], before, strict=True))
+
+
+def test_an_inference_tensor_has_no_version():
+    with torch.inference_mode():
+        tensors = make(ORDERLY[1])
+        want = appended(ORDERLY[1], tensors)
+        cache_append_(*tensors)
+    torch.testing.assert_close(tensors[:2], want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["k_cache", "v_cache", "k_new", "v_new"])
