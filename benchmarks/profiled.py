@@ -99,31 +99,31 @@ def checked_trial(
     raise failures[-1]
 
 
-def graph_us(function: Function, replays: int = 10) -> list[float]:
-    """Microseconds a call, one for each replay of a CUDA graph of 20 calls. No flush: what fits stays in the L2 cache.
-
-    Autograd runs a backward on the stream of its forward, so both belong on one side stream, which must be current here."""
+def _captured(function: Function, calls: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of so many calls, on the current stream unless that is the default one, which can't be captured."""
     stream = torch.cuda.current_stream()
     if stream == torch.cuda.default_stream():
         stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(COPIES):
+        for _ in range(calls):
             function()
+    return graph
+
+
+def graph_us(function: Function, replays: int = 10) -> list[float]:
+    """Microseconds a call, one for each replay of a CUDA graph of 20 calls. No flush: what fits stays in the L2 cache.
+
+    Autograd runs a backward on the stream of its forward, so both belong on one side stream, which must be current here."""
+    graph = _captured(function, COPIES)
     return [event_us(graph.replay, 1) / COPIES for _ in range(replays)]
 
 
 def cold_us(function: Function, flush: Callable[[float], None], replays: int = 30) -> list[float]:
     """Microseconds of each replay of a CUDA graph of one call behind a flush of the L2 cache, by events around it. The flush is still at
     work when the replay is launched; what a graph's start takes on the device is part of the time, for every contestant."""
-    stream = torch.cuda.current_stream()
-    if stream == torch.cuda.default_stream():
-        stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
+    graph = _captured(function, 1)
     pairs = []
     for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

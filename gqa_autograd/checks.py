@@ -106,13 +106,17 @@ def attention_varlen(
             _offset_values(function, name, t.tolist(), of, T)
 
 
-def _offsets(function: str, name: str, t: Tensor, q: Tensor) -> None:
-    if t.dim() != 1:
-        raise ValueError(f"{function}: {name} must have 1 dimension [N + 1], got shape {tuple(t.shape)}")
+def _integers(function: str, name: str, layout: str, t: Tensor, q: Tensor, dims: int) -> None:
+    if t.dim() != dims:
+        raise ValueError(f"{function}: {name} must have {dims} dimension{'s' * (dims > 1)} {layout}, got shape {tuple(t.shape)}")
     if t.device != q.device:
         raise ValueError(f"{function}: {name} must be on the device of q, got {t.device}, q on {q.device}")
     if t.dtype is not torch.int32:
         raise TypeError(f"{function}: {name} must be int32, got {_name(t.dtype)}")
+
+
+def _offsets(function: str, name: str, t: Tensor, q: Tensor) -> None:
+    _integers(function, name, "[N + 1]", t, q, 1)
     _size(t.shape[0] > 0, lambda: f"{function}: {name} must have at least 1 entry, the offset 0, got none")
 
 

@@ -2,10 +2,9 @@
 
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 
-from .checks import CPU_DTYPES, CUDA_DTYPES, _name, _numbers, _readable, _size, sides
+from .checks import CPU_DTYPES, CUDA_DTYPES, _integers, _name, _numbers, _readable, _size, sides
 
 MAX_QUERIES = 64
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -91,15 +90,6 @@ def _sizes(function: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     _size(H_kv > 0, lambda: f"{function}: H_kv must be at least 1, got H_kv={H_kv}")
     _size(D > 0, lambda: f"{function}: D must be at least 1, got D={D}")
     _size(H_q % H_kv == 0, lambda: f"{function}: H_q must be a multiple of H_kv, got H_q={H_q}, H_kv={H_kv}")
-
-
-def _integers(function: str, name: str, layout: str, t: Tensor, q: Tensor, dims: int) -> None:
-    if t.dim() != dims:
-        raise ValueError(f"{function}: {name} must have {dims} dimension{'s' * (dims > 1)} {layout}, got shape {tuple(t.shape)}")
-    if t.device != q.device:
-        raise ValueError(f"{function}: {name} must be on the device of q, got {t.device}, q on {q.device}")
-    if t.dtype is not torch.int32:
-        raise TypeError(f"{function}: {name} must be int32, got {_name(t.dtype)}")
 
 
 def _in_place(function: str, name: str, t: Tensor) -> None:
